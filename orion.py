@@ -17289,19 +17289,19 @@ APP_SEEDS.append(seed_own)
 
 
 # ==== 74. Development =====================================================================
-# The idea: with --dev there are two processes. The parent holds the listening socket, and
-#   looks whether a file has changed. Its child is the server. After a change another child
-#   takes its place; who asks meanwhile waits in the socket's queue. If a child does not
-#   start, the parent shows why, to browsers too, until a file is saved.
-# It promises: without --dev nothing of this is there. It is refused where anybody but this
-#   machine could ask. What it shows has no cookie, no password and no row of the Directory.
+# The idea: with --dev there are two processes. The parent holds the listening socket and
+#   watches the files. Its child is the server. After a change, a new child takes over;
+#   clients that connect in between wait in the socket's queue. If a child does not start,
+#   the parent shows why, in browsers too, until a file is saved.
+# It promises: without --dev none of this is active. --dev is refused if another machine
+#   could connect. It shows no cookie, no password and no row of the Directory.
 # How an open page comes back: each page loads templates/dev.js, which asks twice a second
-#   which server this is. If it is another one, it fetches the page anew, and morphs.
+#   which server this is. If it is another one, the script fetches and morphs the page.
 
 SOCKET = "_ORION_SOCKET"                                 # a variable: the child's socket
 STATE = "/_dev"                                          # where dev.js asks
 BESIDE = (".html", ".css", ".js", ".svg", ".sql")        # files that a program reads
-MOST_FILES = 1000                                        # of a folder
+MOST_FILES = 1000                                        # that are watched in a folder
 DEV_ASSETS = {"/dev.js": ASSETS["/datastar.js"]}
 SLOW_SECONDS = 0.05                                      # of a region
 
@@ -17319,7 +17319,7 @@ WAYS_TO_SERVE.append((lambda settings: settings.dev, serve_dev))
 
 
 def become_child(handle):
-    """Serve on this socket, and show what goes wrong."""
+    """Have this process serve on the parent's socket, and show its errors in browsers."""
     DevEdge.handle = handle
     ASSETS.update(DEV_ASSETS)
     ERROR_LOGS[:] = [FAULTS.note]
@@ -17328,36 +17328,36 @@ def become_child(handle):
 
 
 def check_dev(settings):
-    """Raise Unusable where anybody but this machine could ask."""
+    """Raise Unusable if other machines could connect, or this system can't do it."""
     if not is_for_this_machine(settings):
-        raise Unusable("--dev shows code and rows to whoever asks, so it is for this "
-                       "machine alone; leave --host, --allow-host, --trust-proxy and "
+        raise Unusable("--dev shows code and rows to every client, so it is for this "
+                       "machine only; leave --host, --allow-host, --trust-proxy and "
                        "--plane out")
     if settings.plain:
         raise Unusable("--dev needs the full server; leave --plain out")
     if not fcntl:
-        raise Unusable("--dev hands a socket to another process, which this system can't; "
-                       "leave it out")
+        raise Unusable("--dev hands a socket to another process, but this system can't; "
+                       "leave --dev out")
 
 
 # -- the parent
 
 class Parent:
-    """Holds the socket, and has a child serve on it; after each change, another one."""
+    """Holds the socket and has a child serve on it; after each change, a new child."""
     LOOK_SECONDS = 0.2
-    END_SECONDS = 8.0                                    # then a child is killed
+    END_SECONDS = 8.0                                    # until a child is killed
 
     def __init__(self, settings):
-        import subprocess                                # 2 ms, for nobody else
+        import subprocess                                # 2 ms that no server needs
         self.subprocess = subprocess
         ASSETS.update(DEV_ASSETS)
         self.socket = bound(settings, lambda: listening(settings.host, settings.port))
         self.assets = settings.assets
-        self.modules = own_modules()                     # then the child's: see read
-        self.seen = {}                                   # what stamps() said, by file
+        self.modules = own_modules()                     # later the child's: see read
+        self.seen = {}                                   # the stamps() of files
         self.child = None
-        self.said = ()                                   # by the child, of late
-        self.served = False                              # did the child?
+        self.said = ()                                   # the child's latest lines
+        self.served = False                              # True once the child serves
         self.stopping = False
 
     def run(self):
@@ -17374,8 +17374,8 @@ class Parent:
         return status
 
     def see_more(self):
-        """Add new files. Those that were seen before keep the stamp they had then, or it
-        would not be seen that they have changed since."""
+        """Add new files. Files that were seen before keep their old stamp, so that a change
+        since then is still noticed."""
         self.seen = {**self.look(), **self.seen}
 
     def look(self):
@@ -17384,22 +17384,22 @@ class Parent:
         return stamps([*self.modules, *beside(self.modules), *some])
 
     def stop(self, *_):
-        """A terminal sends its signal to the child, too. The same once more would end that
-        at once: see stop_or_leave. SIGHUP does not."""
+        """Stop, and have the child stop, by SIGHUP: a terminal sends its own signal to the
+        child, too, and the same one again would end it at once (see stop_or_leave)."""
         self.stopping = True
         if self.child:
             self.child.send_signal(signal.SIGHUP)
 
     def run_child(self):
-        """Return its exit status; None if it was ended, for a file has changed."""
+        """Run a child. Return its exit status; None if it was ended after a change."""
         self.child = self.start()
         reader = threading.Thread(target=self.read, args=(self.child.stderr,), daemon=True)
         reader.start()
         while self.child.poll() is None and not self.changed():
-            pass                                         # changed() takes its time
+            pass                                         # changed() waits
         status = self.child.poll()
         self.end()
-        reader.join(1.0)                                 # a child of it may hold the pipe
+        reader.join(1.0)                                 # its children may hold the pipe
         return status
 
     def start(self):
@@ -17410,8 +17410,8 @@ class Parent:
             pass_fds=[handle], stderr=self.subprocess.PIPE, text=True, errors="replace")
 
     def read(self, pipe):
-        """In a thread: show what the child says. A line with a NUL (DevEdge.tick) names its
-        modules, and says that it serves."""
+        """Print the child's lines, in a thread. A line that begins with a NUL means that it
+        serves, and lists its modules: see DevEdge.tick."""
         said = self.said = collections.deque(maxlen=100)
         self.served = False
         with pipe:
@@ -17425,7 +17425,7 @@ class Parent:
                     print(line, end="", file=sys.stderr, flush=True)
 
     def end(self):
-        """Let the child answer what it has begun."""
+        """End the child, after it has answered the requests that it has begun."""
         if self.child.poll() is None and not self.stopping:
             self.child.terminate()
         try:
@@ -17435,7 +17435,7 @@ class Parent:
             self.child.wait()
 
     def changed(self):
-        """Wait LOOK_SECONDS. Then look whether a file has changed, or this is to stop."""
+        """Wait LOOK_SECONDS. Return whether a file has changed, or the parent must stop."""
         time.sleep(self.LOOK_SECONDS)
         now = self.look()
         news = [file for file in now if now[file] != self.seen.get(file)]
@@ -17446,7 +17446,7 @@ class Parent:
         return bool(news) or self.stopping
 
     def wait_until_quiet(self, now):
-        """Wait until nothing changes any more: somebody may be saving several files."""
+        """Wait until nothing changes, because an editor may be saving several files."""
         before = None
         while now != before:
             time.sleep(self.LOOK_SECONDS / 2)
@@ -17470,14 +17470,14 @@ class Parent:
 
 
 def own_modules():
-    """Return the files of this process's modules, without those of Python and packages."""
+    """Return the files of this process's modules, except Python's own and packages."""
     files = [getattr(module, "__file__", "") or "" for module in [*sys.modules.values()]]
     return [file for file in files if file.endswith(".py")
             and not file.startswith(OURS[1]) and "-packages" not in file]
 
 
 def beside(modules):
-    """Return what a program may read, of the files in the folders of its modules."""
+    """Return the files next to the modules that a program may read: see BESIDE."""
     found = []
     for folder in {*map(os.path.dirname, modules), str(TEMPLATES)}:
         with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
@@ -17487,7 +17487,7 @@ def beside(modules):
 
 
 class Notice(ThreadingHTTPServer):
-    """Answers while there is no child: with what went wrong."""
+    """A server that answers while there is no child. It shows what went wrong."""
 
     def __init__(self, listening, text):
         super().__init__(("", 0), NoticeHandler, bind_and_activate=False)
@@ -17502,7 +17502,7 @@ class Notice(ThreadingHTTPServer):
         if request.path in ASSETS:
             return own_asset(request, None)
         if request.headers.keys() & PROXY_HEADERS:
-            raise Refused(503, "The app does not start; its terminal says why.")
+            raise Refused(503, "The app does not start. Its terminal says why.")
         if request.path == STATE:
             return state_of(self.started, 1, self.text)
         return fault_page(request, self.text)
@@ -17510,11 +17510,11 @@ class Notice(ThreadingHTTPServer):
 
 class NoticeHandler(PlainHandler):
     def begin(self, response):
-        self.close_connection = True                     # the next one is for a child
+        self.close_connection = True                     # a child takes the next request
         super().begin(response)
 
 
-# -- what a browser shows
+# -- pages and answers for browsers
 
 def state_of(server, errors, text):
     return as_json({"server": str(server), "errors": errors, "text": text})
@@ -17536,7 +17536,7 @@ def with_script(response):
 
 
 class Faults:
-    """What went wrong in this process: how often, and the last time."""
+    """The errors of this process: how many there were, and the text of the last one."""
 
     def __init__(self):
         self.started = time.time_ns()
@@ -17545,9 +17545,9 @@ class Faults:
         self.secrets = ()                                # of the app's options
 
     def note(self, where, error):
-        """It takes the place of log_place: several lines, as people read them.
+        """Print an error in several lines that people can read, instead of log_place.
 
-        A page whose stream fails asks again and again, which is told once.
+        If a stream fails again and again with the same error, print it only once.
         """
         before, self.text = self.text, explained(where, error)
         if where.endswith("/live") and before.endswith(self.text.partition("\n")[2]):
@@ -17563,7 +17563,7 @@ FAULTS = Faults()
 
 
 def explained(where, error):
-    """Return what it was, the SQL that was run, and the traceback from the slice on."""
+    """Return a text: the error, the SQL that was run, the traceback from the slice on."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     statements = dict.fromkeys(filter(None, map(statement_in, frames)))
     begin = of_a_slice(error.__traceback__) or error.__traceback__
@@ -17574,7 +17574,7 @@ def explained(where, error):
 
 
 def of_a_slice(trace):
-    """Return the traceback from the first line that is no line of this file."""
+    """Return the traceback from its first line that is not ours or Python's."""
     while trace and trace.tb_frame.f_code.co_filename.startswith(OURS):
         trace = trace.tb_next
     return trace
@@ -17594,12 +17594,12 @@ SECRET_FIELDS = ("pass", "secret", "token", "key", "new")
 
 
 def without_secrets(text, frames):
-    """Take out what the requests in these frames have of cookies and passwords."""
+    """Hide the cookies and passwords of the requests that these frames have."""
     values = [value for frame in frames for value in [*frame.f_locals.values()]]
     requests = [value for value in values if type(value) is Request]
     found = [secret for request in requests for secret in secrets_in(request)]
     for secret in (*found, *FAULTS.secrets):
-        if len(secret) > 3:                              # else it is in any text
+        if len(secret) > 3:                              # shorter ones are in any text
             text = text.replace(secret, HIDDEN)
     return text
 
@@ -17627,9 +17627,9 @@ class DevEdge(LoopEdge):
                           if option.secret]
         for route in all_routes(settings.slices):
             if route.method not in SAFE and route.grant.endswith(":read"):
-                log(f"dev: {route.method} {route.path} takes {route.grant}, which those "
-                    "have, too, who are only to read; if it writes more than what is "
-                    "their own, take another grant")
+                log(f"dev: {route.method} {route.path} asks for {route.grant}, which roles "
+                    "that only read have, too; if it writes more than their own rows, ask "
+                    "for another grant")
 
     def listening(self):
         return socket.socket(fileno=self.handle)
@@ -17640,11 +17640,11 @@ class DevEdge(LoopEdge):
             return self.stop()
         if self.modules != len(sys.modules):
             self.modules = len(sys.modules)
-            with contextlib.suppress(OSError, ValueError):   # nobody reads it: go on
+            with contextlib.suppress(OSError, ValueError):   # nobody may read it
                 print(f"\0{json.dumps(own_modules())}", file=sys.stderr, flush=True)
 
     def state(self, request, env):
-        """A door."""
+        """Answer dev.js, as a door."""
         only_read(request)
         if not self.is_from_here(request):
             raise Refused(*NOTHING_HERE)
@@ -17672,7 +17672,7 @@ class DevConnection(Connection):
 
     @property
     def may_be_closed(self):
-        """Who has connected just now has a request on the way. It is answered, too."""
+        """Keep a new connection for a moment, because its first request may be coming."""
         expected_until = self.deadline - self.IDLE_SECONDS + self.EXPECTED_SECONDS
         is_expected = self.new and time.monotonic() < expected_until
         return super().may_be_closed and not is_expected
@@ -17683,8 +17683,8 @@ class DevWorkspace(EdgeWorkspace):
         rendering = super().render(region, live, ctx, args)
         if rendering.micros > 1e6 * SLOW_SECONDS:
             log(f"dev: {name_of(region.show)} of {live.path} took "
-                f"{rendering.micros // 1000} ms, in which all others waited; read less, or "
-                "make an index")
+                f"{rendering.micros // 1000} ms, and all others waited; read less, or add "
+                "an index")
         return rendering
 
 
@@ -17697,11 +17697,11 @@ class DevContext(Context):
 
 
 class DevHost(SliceHost):
-    """Tells of a field that a command asked for and that has another name in the page."""
+    """Logs the fields that a refused command asked for and the page did not send."""
 
     def on_open(self):
         super().on_open()
-        self.missing = {}                                # with what was sent instead
+        self.missing = {}                                # with the fields that were sent
 
     def command(self, request):
         self.missing.clear()
@@ -17709,8 +17709,8 @@ class DevHost(SliceHost):
 
     def refuse(self, request, refused):
         for name, sent in self.missing.items():
-            log(f"dev: {request.method} {request.path} was refused, and it brought no "
-                f"{name!r}, but {', '.join(sent) or 'nothing'}; an input says its name by "
+            log(f"dev: {request.method} {request.path} was refused, and it has no field "
+                f"{name!r}, but {', '.join(sent) or 'nothing'}; name an input by "
                 f'name="{name}" in a form, else by data-bind:{name}')
         return super().refuse(request, refused)
 
@@ -17728,10 +17728,10 @@ class DevBroker(Broker):
 
 # ==== 75. Testing =========================================================================
 # The idea: a test has an app of its own, with all that a server has behind its sockets: the
-#   worker, the gate, grants, transactions and journals, in a folder for the time of the
-#   test. What a slice raises, the test sees.
-# It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
-#   and its clock can be moved.
+#   worker, the gate, grants, transactions and journals. Its folder exists only during the
+#   test. An error in a slice is raised in the test.
+# It promises: no socket and no thread, and nothing is left behind. Jobs run when the test
+#   calls them, and the test can move the clock.
 # It needs: 33 Page checks, 42 Jobs, 58 Exports, 67 Uploads, 73 Own options.
 #
 #     with orion.testing(poll) as app:
@@ -17746,11 +17746,11 @@ MEMORY = "/dev/shm"                                      # a folder in memory, o
 @contextlib.contextmanager
 def testing(*slices: Slice, options: Sequence[Option] = (),
             assets: Optional[pathlib.Path] = None, **own: Any):
-    """Give an app with these slices, to test them.
+    """Yield an app with these slices, for a test.
 
-    options, assets: as main() takes them. own: what is said of options, as
+    options, assets: the same as for main(). own: values of the options, such as
     smtp="localhost:25". Raises BadSlice for slices that a server would refuse, LookupError
-    for an option there is not.
+    for an unknown option.
     """
     global time
     time = MovableTime()
@@ -17764,7 +17764,7 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
             yield app
 
 
-setattr(testing, "__test__", False)                      # for pytest, it is no test
+setattr(testing, "__test__", False)                      # tells pytest: it is no test
 __tracebackhide__ = True        # pytest shows the lines of a slice and its tests, not ours
 
 
@@ -17772,9 +17772,9 @@ __tracebackhide__ = True        # pytest shows the lines of a slice and its test
 
 class TestedApp(App):
     """An app in a test: see testing(). It is an App, too: see section 73."""
-    __test__ = False                                     # for pytest
+    __test__ = False                                     # tells pytest: it is no test
     who = "(test)"
-    MOST_JOBS = 1000                                     # at one call
+    MOST_JOBS = 1000                                     # in one call of run_jobs()
 
     def __init__(self, settings):
         super().__init__(settings, "test")
@@ -17794,12 +17794,12 @@ class TestedApp(App):
             raise too_large(limit)
 
     def viewer(self, name: str, role: str = "member", workspace: str = "acme") -> Visitor:
-        """Return somebody who has this role there, and signed in now.
+        """Return somebody who is signed in and has this role in the workspace.
 
-        The account and the workspace are made, if there are none. Raises ValueError.
+        Make the account and the workspace if they do not exist. Raises ValueError.
         """
         if role not in ROLES:
-            raise ValueError(f"there is no role {role!r}, but {', '.join(ROLES)}")
+            raise ValueError(f"there is no role {role!r}; use {', '.join(ROLES)}")
         account = account_name(name)
         address, title = names_of(workspace)
         file = self.settings.directory_file
@@ -17829,9 +17829,9 @@ class TestedApp(App):
             yield ctx
 
     def run_jobs(self) -> int:
-        """Run all jobs that are due, and those that they enqueue. Return how many.
+        """Run all jobs that are due, and those that they enqueue. Return how many ran.
 
-        Raises what a job raises. It is tried again later, as on a server.
+        Raises the error of a job that fails. The job is tried again later, as on a server.
         """
         self.check_closed()
         self.alarms.count = 0
@@ -17846,14 +17846,14 @@ class TestedApp(App):
 
 
 class CalledAlarms(Alarms):
-    """Alarms that ring when a test says so. What a job waits for is called at once."""
+    """Alarms that ring when a test says so. A call that a job yields is made at once."""
 
     def __init__(self, env):
         super().__init__(env.workspaces)
         env.workspaces.alarms = self
         self.directory = env.directory
         self.put = lambda function, *args: function(*args)
-        self.waits.begin = lambda: None                  # run() does, in its own thread
+        self.waits.begin = lambda: None                  # run() makes the calls instead
         self.count = 0                                   # jobs that ran
         self.error = None                                # of the last one
 
@@ -17885,7 +17885,7 @@ AHEAD = contextvars.ContextVar("seconds by which an app's clock is ahead", defau
 class MovableTime:
     """The module time, with a time() that heeds AHEAD.
 
-    testing() puts it in the place of that module in this one. So no server ever has it.
+    testing() gives it the name time in this file. So only tests use it, and no server.
     """
 
     def __getattr__(self, name):
@@ -17896,21 +17896,21 @@ class MovableTime:
 
 
 class Clock:
-    """What an app in a test takes for the time: sessions, jobs, journals, and ctx.now().
+    """The clock of an app in a test, for sessions, jobs, journals and ctx.now().
 
-    It is in force while the app does something: `with clock:`.
+    The app goes by it while it does something: `with clock:`.
     """
 
     def __init__(self):
         self.ahead = 0.0                                 # seconds
-        self.tokens = []                                 # by which AHEAD goes back
+        self.tokens = []                                 # to reset AHEAD
 
     def move(self, seconds: float) -> None:
-        """Set it forward."""
+        """Move the clock forward."""
         self.ahead += seconds
 
     def set(self, at: float) -> None:
-        """Set it to a time, in seconds since 1970."""
+        """Set the clock to a time, in seconds since 1970."""
         self.ahead = at - REAL_TIME.time()
 
     def __enter__(self):
@@ -17920,13 +17920,13 @@ class Clock:
         AHEAD.reset(self.tokens.pop())
 
 
-# -- somebody in it
+# -- the people in a test
 
 class Visitor:
     """Somebody in a workspace of a test.
 
-    Paths are those of the slices, as /polls/1, or what a reply has as its location. A
-    refusal is a Reply; whatever else a slice raises is raised.
+    A path is one of a slice, such as /polls/1, or the location in a reply. A refusal is
+    returned as a Reply; any other error in a slice is raised.
     """
 
     def __init__(self, app, workspace, cookie=""):
@@ -17962,7 +17962,7 @@ class Visitor:
         return self.send(path, form, "application/x-www-form-urlencoded")
 
     def send(self, path: str, body: bytes, type: str, method: str = "POST") -> Reply:
-        """Send what is no form: a file, or what another server would."""
+        """Send a body that is no form: a file, or the call of another server."""
         return self.fetch(method, path, body, {"content-type": type})
 
     def page(self, path: str) -> str:
@@ -17972,16 +17972,16 @@ class Visitor:
         return reply.text
 
     def region(self, path: str, id: str = "") -> str:
-        """Return what is live on a page, as its stream has it: all regions, or the one with
-        this id. Raises AssertionError if there is none."""
+        """Return the regions of a page as its stream sends them, or the one with this id.
+        Raises AssertionError if there is none."""
         request = self.request("GET", path)
         reply = self.ask(request._replace(path=f"{request.path}/live"))
         assert type(reply) is Response, f"GET {path}: {reply.status} {reply.message}"
         regions = {plain_id(one.piece.html): one.piece.html for one in reply.watch}
-        assert not id or id in regions, f"{path} has no region {id!r}, but {[*regions]}"
+        assert not id or id in regions, f"{path} has no region {id!r}: {[*regions]}"
         return regions[id] if id else "".join(regions.values())
 
-    # -- how it is sent
+    # -- how requests are sent
 
     def send_json(self, method, path, fields):
         return self.send(path, json.dumps(fields).encode(), "application/json", method)
@@ -18022,8 +18022,8 @@ class Visitor:
 
 
 def pairs_of(fields):
-    """Return what a form sends. A list is several fields of one name, and so is a tuple,
-    unless it is a file."""
+    """Return a form's fields as pairs. A list becomes several fields of the same name; so
+    does a tuple, unless it is a file."""
     pairs = []
     for name, value in fields.items():
         is_file = type(value) is tuple and [*map(type, value)] == [str, bytes]
@@ -18033,7 +18033,7 @@ def pairs_of(fields):
 
 
 def form_in_parts(pairs):
-    """Return a form with files, and its content type."""
+    """Return the body of a form with files, and its content type."""
     boundary = secrets.token_hex(16)
     lines = []
     for name, value in pairs:
@@ -18048,7 +18048,7 @@ def form_in_parts(pairs):
 
 
 class Reply(NamedTuple):
-    """What somebody in a test was answered."""
+    """The answer to somebody in a test."""
     status: int
     message: str = ""                                    # of a refusal
     signals: Dict[str, Any] = {}                         # that the page would set
@@ -18061,13 +18061,13 @@ class Reply(NamedTuple):
 
     @property
     def location(self) -> str:
-        """Where it leads; "": nowhere else."""
+        """The address to which it redirects; "" if it does not."""
         return self.headers.get("location", "")
 
 
 def replied(response):
     body = response.body
-    while response.rest and response.rest.size:          # it is a large file
+    while response.rest and response.rest.size:          # for a large file
         body += response.rest.read()
     signals = json.loads(body) if response.type == "application/json" else {}
     said = {**joined(response.headers), "content-type": response.type}

@@ -15185,9 +15185,9 @@ def test_of_a_traceback_what_is_a_file_is_looked_at(tmp_path, monkeypatch):
 
 
 @cases("words, why", [
-    (["--host", "0.0.0.0"], "--dev shows code and rows to whoever asks, so it is for this machine alone; leave --host, --allow-host, --trust-proxy and --plane out"),
-    (["--allow-host", "h"], "for this machine alone"), (["--trust-proxy", "127.0.0.1"], "for this machine alone"),
-    (["--plane", "directory"], "for this machine alone"), (["--plain"], "--dev needs the full server; leave --plain out")])
+    (["--host", "0.0.0.0"], "--dev shows code and rows to every client, so it is for this machine only; leave --host, --allow-host, --trust-proxy and --plane out"),
+    (["--allow-host", "h"], "for this machine only"), (["--trust-proxy", "127.0.0.1"], "for this machine only"),
+    (["--plane", "directory"], "for this machine only"), (["--plain"], "--dev needs the full server; leave --plain out")])
 def test_where_others_could_ask_there_is_no_dev(tmp_path, capsys, words, why):
     assert orion.main(argv=["--dev", "--data", str(tmp_path / "d"), *words]) == 2
     assert why in capsys.readouterr().err and not [*tmp_path.iterdir()]
@@ -15287,7 +15287,7 @@ def test_a_region_that_takes_long_is_named(as_child, capfd, monkeypatch):
 def test_a_command_for_all_who_may_read_is_named_at_the_start(as_child, capfd):
     as_child(orion.Slice("n", routes=tuple([orion.Route(method, f"/{grant}", f"todos:{grant}", nothing) for method in ("GET", "POST") for grant in ("read", "write")])))
     said = capfd.readouterr().err
-    assert said.count("dev: ") == 1 and "dev: POST /read takes todos:read, which those have, too, who are only to read; if it writes more than what is" in said
+    assert said.count("dev: ") == 1 and "dev: POST /read asks for todos:read, which roles that only read have, too; if it writes more than their own rows" in said
 
 
 def test_a_child_goes_on_when_nobody_hears_what_it_says(as_child, monkeypatch):
@@ -15305,8 +15305,8 @@ def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_wa
             raise orion.Refused(422, "Write something.")
         return orion.done(ctx)
     bob = Person(as_child(looks(("POST", "/n", run))), "bob", datastar=True)
-    said = 'dev: POST /n was refused, and it brought no \'words\', but word, who; an input says its name by name="words" in a form, else by data-bind:words\n'
-    assert [bob.post("/w/acme/n", words=words).status for words in ("x", "")] == [204, 200] and "brought no" not in capfd.readouterr().err
+    said = 'dev: POST /n was refused, and it has no field \'words\', but word, who; name an input by name="words" in a form, else by data-bind:words\n'
+    assert [bob.post("/w/acme/n", words=words).status for words in ("x", "")] == [204, 200] and "has no field" not in capfd.readouterr().err
     assert bob.post("/w/acme/n", word="x", who="ann").status == 200 and logged(capfd, said)
 
 
@@ -15382,7 +15382,7 @@ def test_what_is_refused_in_a_test_has_a_status_a_message_and_signals(app):
     assert bob.get("/nothing").status == 404 and bob.submit("/polls", question="Tea?").location == "/w/acme/polls"
     with pytest.raises(AssertionError, match="GET /nothing: 404 There is nothing at this address"):
         bob.page("/nothing")
-    with pytest.raises(AssertionError, match=r"/polls has no region 'vots', but \['polls', 'votes'\]"):
+    with pytest.raises(AssertionError, match=r"/polls has no region 'vots': \['polls', 'votes'\]"):
         bob.region("/polls", "vots")
 
 
@@ -15424,7 +15424,7 @@ def test_a_role_that_changes_or_that_there_is_not_is_heeded_in_a_test(app):
     assert bob.post("/polls", question="x").status == 403
     app.viewer("bob", "member")
     assert bob.post("/polls", question="x").status == 200
-    with pytest.raises(ValueError, match="there is no role 'boss', but owner, admin"):
+    with pytest.raises(ValueError, match="there is no role 'boss'; use owner, admin"):
         app.viewer("bob", "boss")
 
 
