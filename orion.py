@@ -9587,7 +9587,8 @@ class Alarms:
         self.looked = set()                              # ids of the files it has read
         self.lock = threading.Lock()                     # guards all that follows
         self.due = {}                                    # by id: when its next job is
-        # A heap of (when queued, due, id). Entries that are not in self.due are skipped.
+        # A heap of (place, due, id). place is due or, if that is past, when it was set.
+        # Entries that are no longer in self.due are skipped.
         self.order = []
 
     def look(self):
@@ -9603,7 +9604,7 @@ class Alarms:
         self.set(id, due_in(db, plans_of(self.namespace.settings.slices).keys()))
 
     def set(self, id, due):
-        """Have the object woken then, unless it will be woken sooner. None: it has no job.
+        """Set the object's alarm, unless an earlier one is set. due None: it has no job.
 
         An object with many overdue jobs is queued again after each of them, after the other
         objects that are due.
@@ -9619,7 +9620,7 @@ class Alarms:
             self.ring()
 
     def next_due(self):
-        """Take out the alarm of an object that has a job due. Return its id, or None."""
+        """Remove the alarm of an object that has a job due. Return the id, or None."""
         now = time.time()
         with self.lock:
             while self.order and self.order[0][1] <= now:
@@ -9761,7 +9762,7 @@ class Waits:
 
     def give_up_late(self, now):
         """Once a second: fail the tries whose call is late. No thread can be ended from
-        outside, so a late call keeps its own, and another call may begin."""
+        outside, so a late call keeps its thread, and another call may begin."""
         with self.lock:
             late = [wait for wait in self.calling
                     if not wait.next_step and now > wait.called_at + self.SECONDS]
@@ -9850,7 +9851,7 @@ class LogsLongTurns(Broadcast):
     """Logs a long turn while it lasts. A slice that waits for the network keeps all other
     requests waiting; if it asks its own server, it waits forever."""
     TURN_SECONDS = 1.0
-    doing = None                                         # ((in words), since when)
+    doing = None                                         # (its words, since when)
     logged = None                                        # the last one that was logged
 
     def answer(self, request):
@@ -9902,7 +9903,8 @@ class HasJobs(Broadcast):
         return row and row["due"]
 
     def next_job(self):
-        """Return the first row that does not wait for a call; None: all do, or too many."""
+        """Return the first row that does not wait for a call. Return None if all do, or if
+        as many wait as may."""
         waits = self.namespace.alarms.waits.of(self.id)
         if len(waits) >= Waits.OF_ONE_OBJECT:
             return None
@@ -10041,7 +10043,7 @@ class KeepsPlans(EdgeWorkspace):
         self.keep_plans()
 
     def own_claim(self, request):
-        self.keep_plans()                                # if it failed when it was opened
+        self.keep_plans()                                # in case it failed in on_open
         return super().own_claim(request)
 
     def keep_plans(self):
@@ -10073,7 +10075,7 @@ def add_key(path):
     write_private(path, "".join([f"{key}\n" for key in keys[:2]]).encode())
 
 
-KEYS_READ = {}                                           # by file: its times, its keys
+KEYS_READ = {}                                           # by file: (times, keys)
 
 
 def keys_now(settings, known=()):
@@ -10163,7 +10165,7 @@ def hash_password(password):
 
 
 def password_matches(password, stored):
-    """True if the password is the stored one. If none is stored: False, after as long.
+    """True if it is the stored password. If none is stored: False, after the same time.
 
     Older versions hashed a password exactly as typed. If this differs from as_hashed, both
     are tried. So the time depends only on what was typed, not on what is stored.
@@ -10176,7 +10178,7 @@ def password_matches(password, stored):
 
 
 def check_password(new):
-    """Raise Refused(422) if this must not be a password."""
+    """Raise Refused(422) if a new password is too short, too long or not printable."""
     new = as_hashed(new)
     if not 8 <= len(new) <= LONGEST_TYPED or not new.isprintable():
         raise Refused(422, "A password must have 8 to 256 printable characters. Choose "
@@ -10236,7 +10238,7 @@ def count_attempt(attempts, request):
     attempts.count(source)
 
 
-def typed_in(request):
+def name_and_passwords(request):
     """Return name, password and new password. Raises Refused(400) if one is too long."""
     typed = [text_of(request, field) for field in ("username", "password", "new")]
     if max(map(len, typed)) > LONGEST_TYPED:
@@ -10269,7 +10271,7 @@ class ProvesPasswords(LoopEdge):
     def prove(self, request, directory):
         """Return the request with x-stored, the stored hash if the password matches it, or
         "", and x-hashed, the hash of the new password, or ""."""
-        name, password, new = typed_in(request)
+        name, password, new = name_and_passwords(request)
         source = source_of(request.peer)
         here = f"{name} from {source}"
         # Wrong guesses by others, from this address or for this name, count as well, unless
@@ -10302,7 +10304,7 @@ def refuse_masked(ctx, what):
                            "that. End it first.")
 
 
-def account_meant(ctx):
+def existing_account(ctx):
     """Return the field account. Raises Refused(422) if no account has this name."""
     name = account_name(ctx.field("account"))
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
@@ -10313,7 +10315,7 @@ def account_meant(ctx):
 # The sign-in page carries a form that was sent without a session, and the path to which it
 # was sent. UNSENT says that there is none.
 UNSENT = {"unsent": "", "to": ""}
-MOST_CARRIED = BODY_LIMIT // 4                           # because it comes back encoded
+MOST_CARRIED = BODY_LIMIT // 4                           # because encoding makes it longer
 
 
 def login_form(next, personas, problem, status=200, username="", **unsent):
@@ -10409,7 +10411,7 @@ class KnowsAccounts(EdgeDirectory):
         return self.personas("")
 
     def open_session(self, ctx, account, start="/"):
-        """Open one. Return the page that sends a form again, if one came without it."""
+        """Open a session. Return a page that sends a form again if it came without one."""
         answer = super().open_session(ctx, account, start)
         unsent = ctx.field("unsent")
         if not unsent:
@@ -10428,7 +10430,7 @@ class KnowsAccounts(EdgeDirectory):
         return row["password"] if row else ""
 
     def own_operator(self, request):
-        """True if the session is an operator's, who may look on as another account."""
+        """True if the session is an operator's, even while it looks on as another."""
         row = self.session(request)
         return bool(row) and self.is_operator(row["operator"] or row["account"])
 
@@ -10669,7 +10671,7 @@ def masquerade(ctx):
     if not ctx.host.is_operator(operator):
         raise Refused(403, "Only an operator of this server may do that. To make one, run: "
                            "account add NAME --operator")
-    account = account_meant(ctx)
+    account = existing_account(ctx)
     ctx.store.exec(BEGIN_MASK, account, operator, not ctx.checked("writes"),
                    time.time() + MASQUERADE_SECONDS, session["digest"])
     access_changed(ctx, session["account"])
@@ -10710,14 +10712,14 @@ class LetsOperatorsLookOn(EdgeDirectory):
                  "AND (expires > ? OR operator IS NOT NULL)")
 
     def session(self, request):
-        """Return the session; the operator's own, if the masquerade's time is over."""
+        """Return the session; if its masquerade's time is over, end that first."""
         row = super().session(request)
         if row and row["operator"] and row["expires"] <= time.time():
-            self.time_is_over(row)
+            self.end_overdue_mask(row)
             return super().session(request)
         return row
 
-    def time_is_over(self, session):
+    def end_overdue_mask(self, session):
         with self.store.tx():
             self.end_mask(session)
             self.journal(self.viewer_of(session), "directory.unmask", "time is over")
@@ -10756,7 +10758,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
     def each_second(self):
         super().each_second()
         for session in self.store.query(MASKS_OVER, time.time()):
-            self.time_is_over(session)
+            self.end_overdue_mask(session)
 
 
 # ==== 47. Links ===========================================================================
@@ -10792,7 +10794,7 @@ DAY = 86400.0                                            # seconds
 MOST_LINKS = 100                                         # of one workspace
 LONGEST_LINK = 30                                        # days
 MOST_USES = 100
-# A link, with the role that its maker has now (makes), and whom it signs in (person).
+# A link, with the role that its maker has now (makes) and the account it signs in (person).
 GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS makes,
                coalesce(l.account, s.account) AS person FROM links l
                LEFT JOIN workspaces w ON w.id = l.workspace AND NOT w.moving
@@ -10891,7 +10893,7 @@ def password_link(ctx):
     maker = ctx.viewer.account
     if not ctx.host.is_operator(maker):
         raise Refused(403, "Only an operator of this server may do that. Ask one.")
-    account = account_meant(ctx)
+    account = existing_account(ctx)
     ctx.store.exec("DELETE FROM links WHERE account = ?", account)
     secret = add_link(ctx.store, "password", DAY, account=account, maker=maker,
                       password=password_mark(ctx.host, account))
@@ -10919,13 +10921,13 @@ def link_page(ctx, secret=""):
     kind = link["kind"] if link else "paste"
     title, holes = "You have a link", {}
     if link:
-        title, holes = KINDS[kind].title, shown_of_link(ctx, link)
+        title, holes = KINDS[kind].title, values_of_link(ctx, link)
     parts = {name: name == kind for name in ("paste", *KINDS)}
     body = template("links")(heading=title, secret=secret, **parts, **holes, **mistake(ctx))
     return page(title, body, ctx.viewer)
 
 
-def shown_of_link(ctx, link):
+def values_of_link(ctx, link):
     """Return the values for the page of a link. member, joins, stranger, other and new are
     parts of links.html: they show the viewer the right forms."""
     me = ctx.viewer.account
@@ -11170,7 +11172,7 @@ class KnowsLinks(EdgeDirectory):
 class OpensLinks(LoopEdge):
     def __init__(self, *args):
         super().__init__(*args)
-        self.made_up = Throttle()
+        self.link_guesses = Throttle()
         self.made_accounts = Throttle(MOST_USES)         # each takes 0.1 s to hash
         self.add_doors({"/join": self.at_link})
 
@@ -11183,13 +11185,13 @@ class OpensLinks(LoopEdge):
         if env.directory.ask("/_link", headers={"x-link": digest}):
             request = self.with_hashes(request, env)
         else:
-            count_attempt(self.made_up, request)
+            count_attempt(self.link_guesses, request)
         return env.directory.fetch(request)
 
     def with_hashes(self, request, env):
         if text_of(request, "how") == "known":
             return self.prove(request, env.directory)
-        new = typed_in(request)[2]
+        new = name_and_passwords(request)[2]
         if not new:
             return request
         count_attempt(self.made_accounts, request)
@@ -11197,8 +11199,8 @@ class OpensLinks(LoopEdge):
 
 
 def print_first_link(server, address):
-    """Print the link that makes the first account. It goes to standard output, and so not
-    into the log of errors."""
+    """Print the link that makes the first account. It goes to standard output, not to the
+    log of errors, because it is a secret."""
     if server.settings.plane == "data":
         return
     secret = server.env.directory.ask("/_first")
@@ -11594,12 +11596,12 @@ class KeepsQuota(EdgeWorkspace):
         return fault
 
 
-OLD_NOTES = """DELETE FROM journal WHERE at NOT BETWEEN ? AND ? AND id IN
-               (SELECT id FROM journal ORDER BY id LIMIT 100)"""
+OLD_JOURNAL = """DELETE FROM journal WHERE at NOT BETWEEN ? AND ? AND id IN
+                 (SELECT id FROM journal ORDER BY id LIMIT 100)"""
 
 
 @addition
-class ForgetsOldNotes(Broadcast):
+class TrimsJournal(Broadcast):
     def journal(self, viewer, what, which):
         """Add a row to the journal. Each tenth one deletes up to a hundred old rows.
 
@@ -11609,7 +11611,7 @@ class ForgetsOldNotes(Broadcast):
         keep = self.namespace.settings.keep_journal
         if keep and self.store.cursor.lastrowid % 10 == 0:
             now = time.time()
-            self.store.exec(OLD_NOTES, now - keep, now + keep)
+            self.store.exec(OLD_JOURNAL, now - keep, now + keep)
 
 
 @verb("workspace quota", "limit its file to a size such as 500M or 10G; 0: to the server's "

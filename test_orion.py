@@ -11193,7 +11193,7 @@ def test_an_operator_gives_a_link_with_which_somebody_sets_a_new_password(outsid
     ops, ann = outside.sign_in("ops"), outside.sign_in("ann")
     assert ann.post("/account/links/password", form={"account": "ops"}).status == 403 and "forgot" not in ann.get("/account").text
     mistyped = ops.post("/account/links/password", form={"account": "nobody"})
-    assert mistyped.status == 422 and 'value="nobody"' in mistyped.text and "no account of this name" in mistyped.text
+    assert mistyped.status == 422 and 'value="nobody"' in mistyped.text and "no account with this name" in mistyped.text
     link = shown_link(ops.post("/account/links/password", form={"account": " Ann"}))
     ear = Ear(ann, "/w/acme/todos/live")
     ear.event()
