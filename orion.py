@@ -6720,11 +6720,12 @@ class Judge:
     def object_to(self, action, table, second):
         """Return why the slice may not do this, or "". FTS5's own tables count, too."""
         migrates = self.may == MIGRATE
+        of_rows = action in ROWS and not (action in WRITES and table == "sqlite_master")
         if (action, table, second) in FTS5_ASKS:
             return ""
         if action == sqlite3.SQLITE_CREATE_VTABLE and second.lower() != "fts5":
             return "makes a virtual table; a slice may make only those of FTS5"
-        if not migrates and action not in ROWS:
+        if not migrates and not of_rows:
             return "does more than read and write rows; only a migration may do that"
         if self.may == READ and action in WRITES:
             return f"writes, {COMMANDS_ONLY}"

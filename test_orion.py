@@ -3006,6 +3006,12 @@ def test_a_refusal_takes_away_what_the_one_before_said_of_the_same_fields(start,
     assert json.loads(bob.post("/w/acme/n", **sent).body) == {**cleared, "toast": "Look.", "due_problem": "A day is as 2026-12-31."}
 
 
+@cases("sql", ["CREATE TABLE more (x)", "CREATE INDEX more ON notes (text)", "DROP TABLE notes", "ALTER TABLE notes ADD x", "PRAGMA user_version"])
+def test_a_command_that_changes_tables_hears_where_to_do_that(notes, sql):
+    with pytest.raises(PermissionError, match="'notes' does more than read and write rows; only a migration may do that: "):
+        notes(orion.WRITE).exec(sql)
+
+
 @cases("sql", ["SELECT title FROM todos", "SELECT (SELECT count(*) FROM todos)", "DELETE FROM todos", "INSERT INTO mine SELECT title FROM todos", "SELECT * FROM journal",
                "DELETE FROM jobs", "DELETE FROM _migrations", "ATTACH 'elsewhere.db' AS e", "PRAGMA foreign_keys = OFF", "UPDATE mine SET n = (SELECT max(id) FROM todos)",
                "WITH t AS (SELECT id FROM todos) SELECT * FROM t", "CREATE TRIGGER t AFTER INSERT ON todos BEGIN SELECT 1; END", "DROP TABLE todos",
