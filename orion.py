@@ -12168,7 +12168,7 @@ def may_be_of(db, id):
 
 
 def may_be_here(settings, db, id):
-    """As may_be_of. A single root's file, which holds everything, has a mark of its own."""
+    """Return whether the file can be an object's here. A single root's has another mark."""
     mark = db.execute("PRAGMA application_id").fetchone()[0]
     return mark == 0 or (mark == mark_of(id)) != bool(settings.single)
 
@@ -12196,15 +12196,14 @@ def may_replace(source, target):
     return not logged and filecmp.cmp(source, target, shallow=False)
 
 
-def one_move(settings):
+def files_locked(settings):
     """Return a lock to hold while files of workspaces are added, moved or removed.
 
     Raises Unusable if another process holds it. A single root needs no lock.
     """
     if settings.single:
         return contextlib.nullcontext()
-    return locked(settings.workspaces, "another command is moving or removing files here; "
-                                       "try again when it has finished")
+    return locked(settings.workspaces, "another command is moving files; try again later")
 
 
 def timestamp():
@@ -12222,9 +12221,8 @@ def folder_for_copy(settings):
 
 
 # ==== 56. Snapshots =======================================================================
-# The idea: a snapshot is a folder with the whole deployment. A file that has not changed
-#   since the last snapshot is linked from there and takes no space. The file manifest.json
-#   describes the databases:
+# The idea: a snapshot is a folder with the whole deployment. Files that have not changed
+#   since the last one are linked and take no space. manifest.json describes them all:
 #
 #     {"directory": {"rows": 63, "seen": ""},
 #      "9f86d0...": {"rows": 412, "seen": "[(1764518400000000000, 40960)]"}, ...}
@@ -12447,7 +12445,7 @@ def restore(settings, given):
     ids = [id for id in held if id != "directory"]
     for _ in with_progress(in_two_threads(bring, ids), len(ids), "restored"):
         pass
-    if "directory" in held:                              # last: all others are there now
+    if "directory" in held:                              # last, when all others are there
         bring("directory")
     mark.unlink()
     print(contents(settings.data, held))
@@ -12460,8 +12458,8 @@ def check_empty(settings):
 
 
 def check_known(settings, file):
-    """Raise MigrationError if a newer version, or another app, wrote this Directory;
-    Unusable if it is a single root's, and here is none, or the reverse.
+    """Raise MigrationError if a newer version, or another app, wrote this Directory.
+    Raise Unusable if one of the two servers was started with --single, and one was not.
 
     The Directory also records the migrations of the workspaces' slices: see check_ledger.
     """
@@ -12471,7 +12469,7 @@ def check_known(settings, file):
         if not may_be_here(settings, store.db, "directory"):
             where = "--data FOLDER" if settings.single else "--single FILE"
             raise Unusable(f"{file} is of a server that was started with {where}; restore "
-                           "it with that, too")
+                           "it with the same option")
         for slice, entries in (*directory_router().schema, *inside):
             store.count_ran(slice, digests_of(entries))
 
@@ -12489,8 +12487,7 @@ def restore_one(settings, folder, held, id):
 
 
 # ==== 57. Check and repair ================================================================
-# The idea: check looks at each file of a deployment and says what is wrong and how to fix
-#   it.
+# The idea: check looks at each file of a deployment and says what is wrong, and what to do.
 # It promises: without --repair, it changes nothing. With it, check removes files that are
 #   certainly left over, but none while another command is at work.
 # It needs: 55 Copies, 56 Snapshots.
@@ -12574,13 +12571,13 @@ def check_indexes(copy):
                 raise sqlite3.DatabaseError(why) from error
 
 
-# -- what is left over
+# -- leftovers
 
 def said_of_leftovers(settings):
     """Say what killed commands and servers have left behind. Return [] while a command may
     still be at work."""
     try:
-        with one_move(settings):
+        with files_locked(settings):
             said = [f"{path}: an interrupted command left this; check --repair removes it"
                     for path in leftovers(settings)]
             said += [f"{path}: an older version kept this after a move; if the workspace "
@@ -12652,8 +12649,7 @@ def said_of_strays(settings):
 
 
 def is_blank(path):
-    """Return whether nobody has ever written to this file, because the command that should
-    create its workspace was interrupted."""
+    """Return whether nobody has ever written to this file, so it can go without a loss."""
     with contextlib.suppress(sqlite3.Error), opened_to_read(path) as db:
         verified(db)
         return not db.execute("SELECT 1 FROM journal").fetchone()
@@ -12695,7 +12691,7 @@ def repair(settings):
     """Do the repairs that are safe. Raises Unusable while a command is at work."""
     if not settings.directory_file.exists() and not settings.workspaces.exists():
         return
-    with one_move(settings):
+    with files_locked(settings):
         gone = leftovers(settings)
         for path in gone:
             remove_any(path)
@@ -12712,8 +12708,8 @@ def repair(settings):
 
 
 def remove_blanks(settings):
-    """Remove files that is_blank is true of, and return them. The transaction keeps others
-    from adding a workspace, because its file would exist before its row."""
+    """Remove the blank files that interrupted commands have made, and return them. In the
+    meantime the transaction keeps others from adding a workspace, and so its file."""
     with OwnedStore(settings.directory_file) as store, store.tx():
         named = {row["id"] for row in store.query(WHEREABOUTS)}
         blank = [path for path in files_here(settings)
@@ -12866,7 +12862,7 @@ def workspace_remove(settings, given):
     if settings.single:
         raise Unusable(f"{given.name} is the only workspace of a --single server; to "
                        f"remove it, remove the file {settings.single}")
-    with one_move(settings):
+    with files_locked(settings):
         with opened(settings) as (store, env):
             row = row_of(store, "workspaces", given.name)
         env.workspaces.check_removable(row, given.now)   # may take a while
@@ -12886,7 +12882,7 @@ KEPT_SECONDS = 30 * 86400.0                              # for what is removed o
 
 
 def forget_workspace(store, id):
-    """Remove the members, tokens and name. The row stays, to keep the id from reuse."""
+    """Remove the members, tokens and name. The row stays, so its id is never reused."""
     store.exec("DELETE FROM memberships WHERE workspace = ?", id)
     store.exec("DELETE FROM tokens WHERE workspace = ?", id)
     store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", id)
@@ -12920,13 +12916,12 @@ class ForgetsWorkspaces(LoopEdge):
 
 # -- export
 
-@verb("workspace export", "write a workspace to one file, while the server runs; with "
-                          "--move, keep everybody out from then on", "name", "file",
-      "--move")
+@verb("workspace export", "write a workspace to one file, while the server runs; --move "
+                          "keeps everybody out from then on", "name", "file", "--move")
 def workspace_export(settings, given):
     """Write a workspace to a file. With --move, the gate answers 503 until workspace
     remove; if that is interrupted, the same command finishes it."""
-    with one_move(settings) if given.move else contextlib.nullcontext():
+    with files_locked(settings) if given.move else contextlib.nullcontext():
         export(settings, given)
 
 
@@ -12990,7 +12985,7 @@ def workspace_import(settings, given):
     check_no_node(settings)
     typed, members, accounts = about_file(given.file, given.name)
     name, title = names_of(typed)
-    with one_move(settings), copy_to_import(settings, given.file, given.jobs) as copy:
+    with files_locked(settings), copy_to_import(settings, given.file, given.jobs) as copy:
         with opened(settings, given, name) as (store, env):
             new = add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, title, [*members.items()], copy)
@@ -13089,7 +13084,7 @@ def copy_to_import(settings, source, jobs):
 def keep_or_drop_jobs(source, path, jobs):
     """Drop the jobs unless jobs is "keep", because they act in the names of others.
 
-    They may also run, or have run, where the file comes from, and send a letter twice.
+    The server that the file comes from may run them, too, and a letter be sent twice.
     Planned jobs (every day) need no decision, because opening the file plans them again.
     Raises Unusable if there are others and jobs is None.
     """
@@ -13098,7 +13093,7 @@ def keep_or_drop_jobs(source, path, jobs):
         store.exec("DELETE FROM answers")                # for commands sent to that server
         many = store.one(f"SELECT count(*) AS many FROM jobs WHERE {others}")["many"]
         if many and not jobs:
-            raise Unusable(f"{source} has {many} jobs, which would run here, too; say "
+            raise Unusable(f"{source} has {many} jobs, which would run here, too; use "
                            "--jobs keep to run them, or --jobs drop")
         if jobs != "keep":
             store.exec("DELETE FROM jobs")
@@ -13143,7 +13138,7 @@ def workspace_restore(settings, given):
     typed = given.new or f"{row['title'] or row['name']}-{given.at.name}"
     name, title = names_of(typed)
     file = given.at / "workspaces" / f"{row['id']}.db"
-    with one_move(settings), copy_to_import(settings, file, given.jobs) as copy, \
+    with files_locked(settings), copy_to_import(settings, file, given.jobs) as copy, \
             opened(settings, given, name) as (store, env):
         members = roles_in(store, row["id"])
         add_workspace(store, env.workspaces, name, title, members, copy)
@@ -13158,7 +13153,7 @@ def workspace_restore(settings, given):
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
 @verb("member role", "change the role of a member", "workspace", "account", "role")
-@verb("member remove", "end a membership; the open pages of the member end, too",
+@verb("member remove", "remove a member; the member's open pages end, too",
       "workspace", "account")
 def member_set(settings, given):
     """Add, change or remove a member. A running server sees the write within a second."""
@@ -13237,7 +13232,7 @@ def delete_workspace(ctx):
     """Keep everybody out from now on. The field confirm is its name, in any case."""
     row = ctx.store.one(TITLE_OF, ctx.viewer.id)
     if slug(ctx.field("confirm")) != slug(row["title"]):
-        raise Refused(422, f"Its name is {row['title']}. Type that to delete it.")
+        raise Refused(422, f"Its name is {row['title']}. Type this name to delete it.")
     if ctx.host.namespace.settings.single:
         raise Refused(409, "This server has no other workspace, so you can't delete this "
                            "one. Ask the operator of this server to remove its file.")
@@ -13247,7 +13242,7 @@ def delete_workspace(ctx):
     return see_other("/", which=f"{ctx.viewer.id} {row['name']}")
 
 
-# -- from one to another
+# -- from one workspace to another
 
 def switch_list(ctx):
     """Return the list that the switcher in the header shows when it is opened."""
@@ -13309,7 +13304,7 @@ class EndsDeleted(LoopEdge):
         repeats it."""
         if not self.env.directory.ask("/_ended"):
             return
-        with contextlib.suppress(Unusable, Refused), one_move(self.settings):
+        with contextlib.suppress(Unusable, Refused), files_locked(self.settings):
             row = self.env.directory.ask("/_ended")      # undelete may have been faster
             if row:
                 self.env.workspaces.check_removable(row, now=False)    # asks a node, too
@@ -13321,7 +13316,7 @@ class EndsDeleted(LoopEdge):
 @verb("workspace undelete", "bring back a workspace that an owner deleted", "name")
 def workspace_undelete(settings, given):
     """Let people in again. That is enough, because deleting kept all of the workspace."""
-    with one_move(settings), opened(settings, given) as (store, env):
+    with files_locked(settings), opened(settings, given) as (store, env):
         row = row_of(store, "workspaces", given.name)
         if row["moving"] != DELETED:
             raise Unusable(f"{given.name} is not deleted; workspace list shows which are")
@@ -13501,7 +13496,7 @@ def expiry_of_seal(given, parts, keys):
 
 # -- requests from one process to another
 
-# By address, when to ask a process again that is down. Else each request would wait for it.
+# By address, when to ask a process that is down again; until then no request waits for it.
 DOWN = {}
 DOWN_SECONDS = 2.0
 # How many seconds an answer may take, by question: see FOR_DIRECTORY. Others: 5.
@@ -13509,8 +13504,8 @@ PATIENCE = {"remove": 600.0, "_facts": 1.0}
 
 
 class NoAnswer(Refused):
-    """Another process did not give the answer. str() tells operators why; message is for
-    people."""
+    """Another process gave no answer that we can use. str() tells operators why; message is
+    for people."""
 
     def __init__(self, why):
         super().__init__(503, "This can't be answered right now. Try again in a minute.",
@@ -13659,8 +13654,8 @@ def request_behind(request):
 def gate_for_proxies(ctx):
     """Return the verdict, with a seal over all of it, for a proxy to bring to a node.
 
-    Most proxies understand only 200, 401 and 403. So if a workspace is being moved, they
-    get 200 and no verdict. They send the request to the directory, which asks again.
+    Most proxies understand only 200, 401 and 403. So while a workspace moves, they get 200
+    without a verdict, and send the request to the directory, which asks the gate itself.
     """
     path = request_behind(ctx.request).path
     answer = gate(ctx, path.split("/")[2] if path.startswith("/w/") else "")
@@ -13685,8 +13680,7 @@ class KnowsNodes(Directory):                             # also with --plain
         if not row["node"]:
             return said
         if not self.workspaces.settings.plane:
-            raise Refused(503, "This workspace is on another machine. Ask the operator for "
-                               "its address.")
+            raise Refused(503, "This workspace is on another machine. Use its address.")
         return {**said, "x-node": row["node"]}
 
 
@@ -13695,8 +13689,7 @@ class KnowsNodes(Directory):                             # also with --plain
 def node_for(store, name):
     """Return the address of a node for a new workspace; "" if there are no nodes.
 
-    By rendezvous hashing, each node gets its share of the names. Adding or removing a node
-    changes only that node's share.
+    Rendezvous hashing: a new node takes an equal share from each of the others.
     """
     nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
     return max(nodes, default="",
@@ -13801,7 +13794,7 @@ DIRECTORY_ANSWERS = re.compile("/_(version|operator|workspace|members_of|leave|g
 
 
 def directory_front(request, env):
-    """Answer a request to a directory: a node's question, or as any worker does."""
+    """Answer a node's question to the directory, or do what any worker does."""
     if DIRECTORY_ANSWERS.fullmatch(request.path) and is_sealed(request, env.settings):
         scheme = request.headers["x-forwarded-proto"]
         return env.directory.fetch(stripped(request)._replace(scheme=scheme))
@@ -14087,7 +14080,7 @@ def export_from_node(settings, given):
 
 
 def leave_node(settings, given, id, path):
-    with one_move(settings):
+    with files_locked(settings):
         try:
             name = ask_directory_of(settings, "/_leave", "POST", id=id)
             if not name:
@@ -14111,7 +14104,7 @@ def import_on_node(settings, given):
     name = place["name"]
     path = settings.workspaces / f"{place['id']}.db"
     jobs = "keep" if is_itself else given.jobs
-    with one_move(settings), copy_to_import(settings, given.file, jobs) as copy:
+    with files_locked(settings), copy_to_import(settings, given.file, jobs) as copy:
         if not may_replace(copy, path):
             raise Unusable(f"this node has {name} already, in {path}; to import the file "
                            "as another workspace, use --name")

@@ -10386,13 +10386,13 @@ def test_jobs_that_come_in_a_file_run_only_where_somebody_says_so(served, run, t
     snapshot = served.run("backup", tmp_path / "backup")[0] or served.run("workspace", "export", "acme", file)[0] or tmp_path / "backup"
     run("account", "add", "ann", data=there)
     status, _, error = run("workspace", "import", file, data=there)
-    assert status == 2 and "has 1 jobs, which would run here, too; say --jobs keep" in error and run("workspace", "list", data=there)[1] == ""
+    assert status == 2 and "has 1 jobs, which would run here, too; use --jobs keep" in error and run("workspace", "list", data=there)[1] == ""
     for said, jobs in (("keep", 1), ("drop", 0)):
         assert run("workspace", "import", file, "--name", said, "--jobs", said, data=there)[0] == 0
         id = re.search(rf"{said}\t(\w+)", run("workspace", "list", data=there)[1])[1]
         with contextlib.closing(sqlite3.connect(there / "workspaces" / f"{id}.db")) as db:
             assert [db.execute(f"SELECT count(*) FROM {table}").fetchone() for table in ("jobs", "answers")] == [(jobs,), (0,)]
-    assert "say --jobs keep" in served.run("workspace", "restore", "acme", "--at", snapshot)[2]
+    assert "use --jobs keep" in served.run("workspace", "restore", "acme", "--at", snapshot)[2]
     with contextlib.closing(sqlite3.connect(file)) as db, db:
         db.execute("UPDATE jobs SET key = '@todos.none'")    # it comes again, and every workspace has one
     assert run("workspace", "import", file, "--name", "again", data=there)[0] == 0
@@ -10664,7 +10664,7 @@ def test_check_takes_nothing_away_from_a_server_or_a_command_that_is_at_work(ser
         (data / name).write_text("x")
     with orion.locked(data, "taken"):
         assert served.run("check", "--repair")[:2] == (0, "3 workspaces, all is well\n") and (data / "workspaces" / "new-0.db").exists()
-    with orion.one_move(served.env.settings):
+    with orion.files_locked(served.env.settings):
         assert served.run("check")[0] == 0 and "another command is moving" in served.run("check", "--repair")[2]
 
 
