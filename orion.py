@@ -14211,7 +14211,7 @@ AWAY = {"moving": MOVES, "going": GOES, "deleted": DELETED}
 
 @addition
 class NotesFiles(Alarms):
-    """When the server starts, Alarms reads each file; this notes more of what is in it."""
+    """Notes more of what Alarms finds in each file when the server starts."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -14238,7 +14238,7 @@ class NotesFiles(Alarms):
 @addition
 class NotesItself(Broadcast):
     def own_due(self, request):
-        """Note the figures again: this is asked after the object opens and after a job."""
+        """Note the figures again, because alarms ask this after an open and after a job."""
         alarms = self.namespace.alarms
         alarms.old.discard(self.id)
         alarms.note_given_up(self.id, self.store.one(GIVEN_UP)[0])
@@ -14300,7 +14300,7 @@ class TellsMore(LoopEdge):
 # It stands behind: 53 Figures. So a path's secrets are taken out before the path is logged.
 
 NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
-SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers that tell whose it is
+IDENTITY_HEADERS = ("cookie", "page-account", "sec-fetch-site")
 
 # -- what is public
 
@@ -14318,7 +14318,7 @@ def public_path(router, request):
 
 def public_functions(settings):
     """Return two functions for the Env of an app that has public routes: public(request),
-    which is public_path; and question(request), which tells the gate about them."""
+    which is public_path; and question(request), which tells the gate if it is public."""
     public = functools.partial(public_path, workspace_router(settings))
 
     def question(request):
@@ -14339,7 +14339,7 @@ def as_nobody(request, env):
         return request
     except Refused:
         headers = {name: value for name, value in request.headers.items()
-                   if name not in SAY_WHO}
+                   if name not in IDENTITY_HEADERS}
         headers["origin"] = f"{request.scheme}://{request.headers.get('host', '')}"
         return request._replace(headers=headers)
 
@@ -14376,7 +14376,7 @@ class LetsAnybodyIn(Directory):                          # also with --plain
 # -- at the edge
 
 def beginning_with(path):
-    """Return a pattern of paths that begin with this slice's path. Group 1: "/w/acme"."""
+    """Return a pattern for paths that begin with a slice's path. Group 1: "/w/acme"."""
     pattern = f"(/w/[^/]*){path_pattern(path)}(?:/|$)"
     return re.compile(pattern)
 
@@ -14384,7 +14384,7 @@ def beginning_with(path):
 @addition
 class OpensToAnybody(LoopEdge):
     is_open = False                                      # True: there are public routes
-    secretive = ()                                       # (pattern, path with <parts>)
+    secret_paths = ()                                    # (pattern, path with <parts>)
 
     def use(self, env):
         paths = [route.path for route in all_routes(env.settings.slices)
@@ -14392,7 +14392,7 @@ class OpensToAnybody(LoopEdge):
         if paths:                                        # without them this costs nothing
             self.is_open = True
             paths.sort(key=lambda path: -path.count("/"))        # try the longest first
-            self.secretive = [(beginning_with(path), path)
+            self.secret_paths = [(beginning_with(path), path)
                               for path in paths if "<" in path]
             env = dataclasses.replace(env, **public_functions(env.settings))
         super().use(env)
@@ -14415,16 +14415,16 @@ class OpensToAnybody(LoopEdge):
         """Put the names of a route's <parts> in place of their values, which may be
         secrets: /w/acme/hooks/7f3a becomes /w/acme/hooks/<secret>.
 
-        Do it for all refused requests that begin so: the method, or more path, was wrong.
+        Do so also for a refused request whose path only begins like that of the route.
         """
-        for pattern, path in self.secretive:
+        for pattern, path in self.secret_paths:
             found = pattern.match(request.path)
             if found and (status >= 400 or self.env.public(request) == path):
                 return request._replace(path=found[1] + path)
         return request
 
     def count(self, asked, response):
-        if self.secretive:
+        if self.secret_paths:
             request = self.as_logged(asked.request, response.status)
             asked = dataclasses.replace(asked, request=request)
         super().count(asked, response)
@@ -14543,7 +14543,7 @@ class ListsOfFile(MemberLists):
         self.file = Watched(path, 1)
 
     def of(self, id):
-        """Raises Refused(503)."""
+        """Return the list. Raises Refused(503)."""
         path = self.file.path
         try:
             with self.lock:
@@ -14670,7 +14670,7 @@ class HearsOfMembers(Broker):
 PIECE = 2 ** 18                                          # bytes written at a time
 SLOWEST = 2 ** 14                                        # bytes a second
 SPARE_DISK = 2 ** 26                                     # bytes that uploads leave free
-SAID_OF_UPLOADS = (400, 408, 413, 415, 429, 503, 507)    # statuses
+EXPLAINED_STATUSES = (400, 408, 413, 415, 429, 503, 507)    # of refused uploads
 NO_DISK = "The disk of this server has no room for this. Ask its operator to make room."
 
 
@@ -14892,11 +14892,11 @@ class HasUploads(LoopEdge):
         super().__init__(env, settings)
 
     def refusal(self, request, error):
-        """Tell a page why its upload was refused; from Datastar it learns only the status.
+        """Tell a page why its upload was refused. (Datastar tells it only the status.)
 
         The page shows at the form if a file is too large, and other reasons as a toast.
         """
-        said = isinstance(error, Refused) and error.status in SAID_OF_UPLOADS
+        said = isinstance(error, Refused) and error.status in EXPLAINED_STATUSES
         if not said or not request.datastar \
                 or not self.uploads.route_of(request.method, request.path):
             return super().refusal(request, error)
@@ -15039,7 +15039,7 @@ def pieces_of(data, begins, ends):
 
 
 # Types that a browser can show and does not run: the type, an offset, and the bytes there.
-# The browser saves a file of any other type, whatever its client calls it, instead.
+# A file of any other type is saved, not shown, whatever type the client gave it.
 INERT = (
     ("image/png", 0, b"\x89PNG\r\n\x1a\n"), ("image/jpeg", 0, b"\xff\xd8\xff"),
     ("image/gif", 0, (b"GIF87a", b"GIF89a")), ("image/webp", 8, b"WEBPVP8"),
@@ -15182,7 +15182,7 @@ class Files:
                             first + MOST_PIECES - 1)
 
     def row(self, id):
-        """id: a number, or text, as in a path or a TEXT column."""
+        """Return a file's row. id: a number, or text, as in a path or a TEXT column."""
         return self.store.one("SELECT * FROM _files WHERE id = ? AND slice = ?", id,
                               self.slice)
 
@@ -15449,7 +15449,7 @@ def narrowed(said, token):
 
 @addition
 class KnowsTokens(EdgeDirectory):
-    """Only the gate knows tokens. Everywhere else they are nobody: they have no session."""
+    """Only the gate knows tokens. A token has no session, so elsewhere it is nobody."""
     USED_SECONDS = 60.0                                  # between writes of the last use
 
     def on_open(self):
@@ -15522,7 +15522,7 @@ MOST_CHOICES = 500                                       # workspaces that the f
 
 
 def tokens_page(ctx, made=""):
-    """made: a new token. The page shows it only this once."""
+    """Return the page. made: a new token, which is shown only this once."""
     typed = ctx.typed
     rows = [{**row, "how": "reads and writes" if row["writes"] else "reads",
              "since": moment(row["made"]),
@@ -15726,7 +15726,7 @@ PLAIN.append(refuse_tokens)
 
 @addition
 class RepeatsAnswers(SliceHost):
-    """A host that answers a repeated command with the first answer, and does nothing."""
+    """A host that does a repeated command only once, and repeats the first answer."""
 
     def on_open(self):
         super().on_open()
@@ -15833,7 +15833,7 @@ class Answers:
     def keep(self, who, command, response):
         """Store the answer in the command's transaction, so that both are kept, or neither.
 
-        An answer that may contain a secret is not stored: it sets a cookie, or it has a
+        An answer that may contain a secret is not stored: one that sets a cookie or has a
         header cache-control. If an answer is too large, a repeat gets a plain 204.
         """
         names = [name.lower() for name, _ in response.headers]
@@ -15880,7 +15880,7 @@ def refuse_old_page(request, account):
 @addition
 class RefusesOldPages(SliceHost):
     def permit(self, viewer, route, request):
-        if not request.path.startswith("/_"):         # not the gate: proxies ask it
+        if not request.path.startswith("/_"):         # not a proxy's question
             refuse_old_page(request, viewer.account)
         super().permit(viewer, route, request)
 
@@ -15897,8 +15897,8 @@ class RefusesOldPages(SliceHost):
 # Who uses it: members, from the members page; slices, by ctx.remove().
 # It needs: 36 Ordinary pages, 45 Account page.
 #
-# These are two rows of journals, with their sentences. The second is the Directory's, where
-# which begins with the workspace's id:
+# These are two rows of journals, with their sentences. In the Directory's journal, the
+# column which begins with the workspace's id:
 #
 #     who     what                      which
 #     bob     todos.create              7 Buy milk          bob added Buy milk
@@ -15977,7 +15977,7 @@ def routes_of(router):
 
 
 def name_in(which, workspace):
-    """Return the name in which, for people: of "7 Buy milk", the text after the id."""
+    """Return the name of what was written: of "7 Buy milk", the text after the id."""
     id, _, name = which.partition(" ")
     if id == workspace:
         return name
@@ -16003,7 +16003,7 @@ def options(labels, params, name):
 
 
 CSV_HEAD = ("time", "who", "did", "what")
-FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # how a cell's formula begins
+FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # a formula begins with one
 
 
 def history_csv(ctx):
@@ -16150,7 +16150,7 @@ UNDO_OVER = ("This can't be undone: it was undone already, ten minutes have pass
 
 
 def removed_rows(ctx, id):
-    """Return the entry's which, and all that its command removed: (table, columns, rows).
+    """Return what the command wrote to, and what it removed: (table, columns, rows).
 
     Raise Refused(409) if the viewer can't put it back, Refused(403) if the viewer has lost
     the right to such a command.
@@ -16260,7 +16260,7 @@ class TellsMembersHistory(EdgeDirectory):
     within = "/members"
 
     def told_to(self, viewer):
-        """Return the condition for entries whose which begins with the workspace's id."""
+        """Return the condition: the column which begins with the workspace's id."""
         return "substr(which, 1, 64) = ?", [viewer.id]
 
 
@@ -16318,7 +16318,7 @@ class Trip:
         self.probed = None                               # what a probe found
 
 
-class OfThread(threading.local):
+class ThreadState(threading.local):
     """The Trip on which a thread works. silent: nothing that the thread does is noted."""
     trip = None
     silent = False
@@ -16332,7 +16332,7 @@ class Trace:
     def __init__(self, with_args=False):
         self.with_args = with_args
         self.watched = 0                                 # the number of watchers
-        self.thread = OfThread()
+        self.thread = ThreadState()
         self.lock = threading.Lock()                     # guards all that follows
         self.calls = collections.deque(maxlen=self.KEPT_CALLS)
         self.trips = collections.deque(maxlen=self.KEPT_TRIPS)
@@ -16478,8 +16478,8 @@ class HasConsole(LoopEdge):
         self.env.directory.namespace.trace = self.trace
         self.env.workspaces.trace = self.trace
         self.console = Console(self)
-        # It is not announced who looks at the console, or at a page of the Directory. (In a
-        # single root it is, because the Directory has the id of the Workspace.)
+        # Do not announce who looks at the console or at a page of the Directory. (A single
+        # root does announce it, because its Directory has the id of the Workspace.)
         self.broker.unannounced = Console.id, "directory"
         self.add_doors({path: self.console.answer for _, path in self.console.actions})
 
@@ -16616,8 +16616,8 @@ class Console:
             refuse_old_page(request, me["account"])
             if not me["operator"] and not env.settings.demo:
                 Viewer(account=me["account"]).permit(ACCOUNT)    # raises a 401 for nobody
-                raise Refused(403, "The console is for operators. To make you one, whoever "
-                                   "runs this server runs: account add NAME --operator")
+                raise Refused(403, "Only an operator of this server may see the console. "
+                                   "To make one, run: account add NAME --operator")
             return action(request, me)
 
     # -- when a frame is made: each second, and after a note, but once a PAUSE at most
@@ -17026,7 +17026,7 @@ def listed(given):
 
 
 def add_own_option(parser, option, suppress=False):
-    """Add a flag. suppress: for a command, because the main parser has the default."""
+    """Add a flag. suppress: leave the default to the main parser's flag; for commands."""
     flag = option.flag
     help = option.help
     if option.secret:
@@ -17141,7 +17141,7 @@ class App:
 
     @contextlib.contextmanager
     def open(self, workspace: str, write: bool = False):
-        """Give a ctx with the tables of all slices of one workspace.
+        """Yield a ctx with the tables of all slices of one workspace.
 
         With write, everything inside is one transaction. Keep it short: the server waits
         for it, at most five seconds. Raises Unusable if there is no such workspace here.
@@ -17296,7 +17296,7 @@ APP_SEEDS.append(seed_own)
 
 SOCKET = "_ORION_SOCKET"                                 # a variable: the child's socket
 STATE = "/_dev"                                          # where dev.js asks
-BESIDE = (".html", ".css", ".js", ".svg", ".sql")        # files that a program reads
+SUFFIXES = (".html", ".css", ".js", ".svg", ".sql")      # files that a program reads
 MOST_FILES = 1000                                        # that are watched in a folder
 DEV_ASSETS = {"/dev.js": ASSETS["/datastar.js"]}
 SLOW_SECONDS = 0.05                                      # of a region
@@ -17377,7 +17377,7 @@ class Parent:
     def look(self):
         assets = pathlib.Path(self.assets).rglob("*") if self.assets else ()
         some = map(str, itertools.islice(assets, MOST_FILES))
-        return stamps([*self.modules, *beside(self.modules), *some])
+        return stamps([*self.modules, *files_beside(self.modules), *some])
 
     def stop(self, *_):
         """Stop, and have the child stop, by SIGHUP: a terminal sends its own signal to the
@@ -17472,13 +17472,13 @@ def own_modules():
             and not file.startswith(OURS[1]) and "-packages" not in file]
 
 
-def beside(modules):
-    """Return the files next to the modules that a program may read: see BESIDE."""
+def files_beside(modules):
+    """Return the files next to the modules that a program may read: see SUFFIXES."""
     found = []
     for folder in {*map(os.path.dirname, modules), str(TEMPLATES)}:
         with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
             some = itertools.islice(entries, MOST_FILES)
-            found += [entry.path for entry in some if entry.name.endswith(BESIDE)]
+            found += [entry.path for entry in some if entry.name.endswith(SUFFIXES)]
     return found
 
 
