@@ -1860,7 +1860,7 @@ def test_what_search_needs_opens_no_other_door(notes, sql):
 
 @cases("made", ["fts5vocab(words, row)", "fts4(x)", "rtree(a, b, c)", "dbstat"])
 def test_no_virtual_table_is_made_that_is_not_of_full_text_search(notes, made):
-    with pytest.raises(orion.MigrationError, match="slice 'more', entry 1: makes a virtual table that is not of FTS5"):
+    with pytest.raises(orion.MigrationError, match="slice 'more', entry 1: makes a virtual table; a slice may make only"):
         notes(orion.WRITE).store.migrate("more", (f"CREATE VIRTUAL TABLE more USING {made}",))
 
 
