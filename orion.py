@@ -11776,7 +11776,7 @@ class Figures:
     def line(self, asked, status, size, seconds):
         """Return a line for the log: in the common log format with the seconds, or in JSON.
 
-        It leaves out the query, because users typed it. A HEAD, asked as a GET, stays HEAD.
+        It leaves out the query, because users typed it. A HEAD is logged as HEAD, not GET.
         """
         method, peer, path = asked.reading.method, asked.request.peer, asked.request.path
         if not PLAIN_PATH.fullmatch(path):
