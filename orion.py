@@ -15675,7 +15675,7 @@ class DataInPages(EdgeWorkspace):
         told = {}
         for region in regions:
             told.update(region.data(ctx.for_region(region, live), *args))
-        return Response(200, written(told).encode(), "application/json")
+        return Response(200, json_of(told).encode(), "application/json")
 
     def stream(self, live, ctx, args):
         regions = [region for region in live.regions if region.data]
@@ -15690,11 +15690,11 @@ class DataInPages(EdgeWorkspace):
             return super().render(region, live, ctx, args)
         self.drop_renderings()
         made = time.perf_counter()
-        text = written(region.data(ctx, *args))
+        text = json_of(region.data(ctx, *args))
         return DataPiece(Html(text), made, round(1e6 * (time.perf_counter() - made)))
 
 
-def written(data):
+def json_of(data):
     """Return data as JSON. A row of the store becomes an object."""
     return json.dumps(data, default=dict)
 
@@ -15942,7 +15942,7 @@ def entries(ctx, most):
     first, last = [id or 0 for id in store.one(ENDS)]
     last = min(last, int(params.get("before", last + 1)) - 1)
     begins = last - STRETCH + 1
-    where, args = ctx.host.told_to(ctx.viewer)
+    where, args = ctx.host.visible_to(ctx.viewer)
     for name in {"who", "what"} & params.keys():
         where += f" AND {name} = ?"
         args.append(params[name])
@@ -15954,12 +15954,12 @@ def entries(ctx, most):
 
 def sentence(ctx, entry):
     """Return an entry of the journal in words."""
-    says = said_of(ctx.host.router, entry["what"])
+    says = words_for_act(ctx.host.router, entry["what"])
     return {"who": entry["who"] or "somebody", "says": says,
             "name": name_in(entry["which"], ctx.viewer.id)}
 
 
-def said_of(router, what):
+def words_for_act(router, what):
     """Return words for an act in the journal, such as todos.delete or member add."""
     says = [route.says for route in routes_of(router).get(what, ()) if route.says]
     slice, _, name = what.partition(".")
@@ -15989,10 +15989,10 @@ CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
 
 def choices(ctx):
     """Return options to filter by person and by act: those found in the last stretch."""
-    where, args = ctx.host.told_to(ctx.viewer)
+    where, args = ctx.host.visible_to(ctx.viewer)
     last = ctx.host.store.one(ENDS)["last"] or 0
     rows = ctx.host.store.query(CHOICES.format(where), last - STRETCH, *args)
-    acts = {row["what"]: said_of(ctx.host.router, row["what"]) for row in rows}
+    acts = {row["what"]: words_for_act(ctx.host.router, row["what"]) for row in rows}
     return {"person": options({row["who"]: row["who"] for row in rows}, ctx.params, "who"),
             "act": options(acts, ctx.params, "what")}
 
@@ -16112,7 +16112,7 @@ MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT n
 
 def undo_forms(ctx):
     """Return forms with which the viewer can put back rows without scripts or a toast."""
-    where, args = ctx.host.told_to(ctx.viewer)
+    where, args = ctx.host.visible_to(ctx.viewer)
     mine = ctx.host.store.query(MINE_TO_UNDO.format(where), *args, ctx.viewer.signature,
                                 time.time())
     return [{"path": ctx.host.undo_path(ctx, entry["what"].partition(".")[0], entry["id"]),
@@ -16237,7 +16237,7 @@ class RoutesHistory(QuickRouter):
 class TellsHistory(EdgeWorkspace):
     within = ""                                          # its pages are at /w/acme + this
 
-    def told_to(self, viewer):
+    def visible_to(self, viewer):
         """Return an SQL condition, with its args, for the entries that a viewer may see.
 
         A viewer may see the entries of slices whose pages they may see. The entry of an
@@ -16259,7 +16259,7 @@ MEMBERS_PARTS.insert(0, lambda ctx: template("history.way")())
 class TellsMembersHistory(EdgeDirectory):
     within = "/members"
 
-    def told_to(self, viewer):
+    def visible_to(self, viewer):
         """Return the condition: the column which begins with the workspace's id."""
         return "substr(which, 1, 64) = ?", [viewer.id]
 
