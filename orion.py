@@ -132,7 +132,7 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 #
 # And in the thread of each open stream:
 #
-#     Watch.wait (7)              returns, for the topic was published
+#     Watch.wait (7)              returns, because the topic was published
 #     respond (14), worker (2)    the same question again, gate included
 #     SliceHost.stream (8)        takes the rendering, which the first of them has made
 #     PlainHandler.hold (14)      sends it
@@ -411,7 +411,7 @@ def outside(request, env):
     """Answer what is outside of the workspaces: by a door, or by the Directory.
 
     Paths that begin with "/_" are for what the server itself asks its objects. Of these
-    only the gate is open to clients, too: it tells people about themselves alone.
+    only the gate is open to clients, too: it tells people only about themselves.
     """
     request = stripped(request)
     if request.path in env.doors:
@@ -959,7 +959,7 @@ class Bus:
     def wait(self, seen: Dict[str, int], seconds: float) -> None:
         """Wait until a topic has left the version that was seen, or the time is up.
 
-        The caller holds the turn. The Condition gives it back meanwhile.
+        The caller holds the turn. The Condition releases it while it waits.
         """
         self.waiting += 1
         try:
@@ -1016,7 +1016,7 @@ class DurableObject:
             raise
 
     def on_open(self) -> None:
-        """What a subclass remembers of its file begins anew here."""
+        """Reset what a subclass remembers of its file."""
 
     def answer(self, request: Request) -> Response:
         """Answer one request. The caller holds the turn: see Stub.fetch."""
@@ -1199,7 +1199,7 @@ class Slice(NamedTuple):
 class Route(NamedTuple):
     """A way to call a slice. run(ctx, *args) returns a Response.
 
-    args are what stood for the <parts> of the path: text, or an int for <int:part>. The
+    args are the values of the <parts> of the path: text, or an int for <int:part>. The
     fields after run are for [3]. form: the page on which the form for this is, if it has
     another path. upload: bytes that a request may bring; 0: no more than any other. says:
     what somebody did, as "deleted".
@@ -1227,8 +1227,8 @@ class Region(NamedTuple):
 
 
 def only_the_regions(ctx, *shown):
-    """The page of a slice that has nothing to say around its regions. (What stood for the
-    <parts> of the path is in shown, too.)"""
+    """The page of a slice that shows nothing around its regions. (shown has the values of
+    the <parts> of the path, too.)"""
     regions = [html for html in shown if type(html) is Html]
     region = Html().join(regions)
     return template("slice")(region=region, workspace=ctx.title, live=True)
@@ -1241,8 +1241,8 @@ class Live(NamedTuple):
     tab, a function title(ctx). params: the parameters of the query that all of this depends
     on, each with the pattern of its values. tab: whether the navigation shows it.
 
-    What stands for the <parts> of the path is a further argument of show, data, page and
-    title, and fills the topics, too: at "/cards/<int:id>", Region("card/<id>", show) has a
+    The values of the <parts> of the path are further arguments of show, data, page and
+    title, and fill the topics, too: at "/cards/<int:id>", Region("card/<id>", show) has a
     topic for each card. Such a page is no tab.
     """
     path: str
@@ -1269,7 +1269,7 @@ class Live(NamedTuple):
                       lambda ctx, *args: ctx.host.stream(self, ctx, args)))
 
 
-# -- who looks
+# -- viewers
 
 # What a route can name instead of a grant: who may call it, whatever their role is.
 PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"
@@ -1283,7 +1283,7 @@ NO_REQUEST = ("a region is shown again after each change, and has no request; na
 
 @dataclasses.dataclass(frozen=True)
 class SharedViewer:
-    """Who looks, as a region may know it: what all viewers of one role have in common."""
+    """The viewer as a region may know them: what all viewers of one role have in common."""
     role: str = ""
     grants: Tuple[str, ...] = ()
     workspace: str = ""                                  # its name
@@ -1300,7 +1300,7 @@ class SharedViewer:
 
 @dataclasses.dataclass(frozen=True)
 class Viewer(SharedViewer):
-    """Who looks, as the verdict says it. Without a workspace: an account, or nobody."""
+    """The viewer that the verdict names. Without a workspace: an account, or nobody."""
     account: str = ""
     label: str = ""                                      # [3] what others call them
 
@@ -1335,7 +1335,7 @@ class Viewer(SharedViewer):
 
     @property
     def signature(self) -> str:
-        """Who did it, for the journal."""
+        """How the journal names them."""
         return self.account
 
     @property
@@ -1344,18 +1344,18 @@ class Viewer(SharedViewer):
         return self.account
 
     def banner(self):
-        """What stands on top of each of their pages."""
+        """The notice on top of each of their pages."""
         return ""
 
 
-# -- what a slice is given
+# -- the context of a request
 
 # A checkbox without a value sends "on"; a signal is true or false.
 TICKED = {"on": True, "true": True, "off": False, "false": False}
 
 
 class Context:
-    """What a slice is given to answer one request. [3] ends it with the request.
+    """What a slice needs to answer one request. [3] ends it with the request.
 
     The context of a region is shared by all viewers of a role (see Region.each). So its
     viewer is a SharedViewer, and it has no request.
@@ -1403,7 +1403,7 @@ class Context:
 
     @property
     def sent(self) -> List[Tuple[str, Any]]:
-        """What was sent along: Request.pairs, decoded once."""
+        """All that was sent along: Request.pairs, decoded once."""
         if self._sent is None:
             self._sent = self.request.pairs()
         return self._sent
@@ -1521,7 +1521,7 @@ class SliceHost(DurableObject):
         viewer.permit(route.grant, request.method)
 
     def call(self, slice, route, args, viewer, request):
-        """Have this slice answer. [3] keeps slices apart, and a journal of what they did.
+        """Let this slice answer. [3] keeps slices apart, and a journal of what they did.
         """
         ctx = self.context(self, self.store, viewer, request.params, request)
         return self.run(route, ctx, args)
@@ -1630,7 +1630,7 @@ class SliceHost(DurableObject):
         return ""
 
 
-# -- what commands and their fields are made of
+# -- the answer to a command
 
 def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     """Answer a command: with signals for its sender or, after a plain form, with the page.
@@ -1646,7 +1646,7 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     return as_json(signals, which=which) if signals else Response(204, which=which)
 
 
-# -- what host and routes are made of (to be skipped on a first reading, up to section 9)
+# -- helpers of host and routes (to be skipped on a first reading, up to section 9)
 
 HOST_TABLES: List[str] = []                              # [3] has some for each host
 
@@ -1665,19 +1665,19 @@ PART_OF_PATH = re.compile(r"<(int:)?(\w+)>")
 
 
 def path_pattern(path: str) -> str:
-    """Return the pattern of what a route answers. A number that is too long is none."""
+    """Return the pattern of the paths that a route answers. Longer numbers match none."""
     return PART_OF_PATH.sub(lambda part: "([0-9]{1,18})" if part[1] else "([^/]+)",
                             re.escape(path))
 
 
 def path_args(path: str, texts: Sequence[str]) -> Tuple[Any, ...]:
-    """Return what stood for the <parts> of a path: text, or an int for <int:part>."""
+    """Return the values of the <parts> of a path: text, or an int for <int:part>."""
     parts = PART_OF_PATH.findall(path)
     return tuple([int(text) if kind else text for (kind, _), text in zip(parts, texts)])
 
 
 def with_parts(text: str, path: str, args: Tuple[Any, ...]) -> str:
-    """Return the text with its <parts> filled: args are what stood for those of path."""
+    """Return the text with its <parts> filled: args are the values of those of path."""
     if "<" not in text:
         return text
     names = [name for _, name in PART_OF_PATH.findall(path)]
@@ -1804,7 +1804,7 @@ todos = Slice(
     count=count_todos, exports=(count_todos,))
 
 
-# -- what page and commands are made of
+# -- helpers of the page and the commands
 
 TITLE_LIMIT = 500                                        # characters
 TODOS_A_PAGE = 200
@@ -1904,7 +1904,7 @@ def valid_title(typed, signal="problem"):
 # Who uses it: the worker, after a verdict of 200.
 
 class Workspace(SliceHost):
-    """What it does comes from its slices."""
+    """A host that does nothing but run its slices."""
 
 
 def front_page(ctx):
@@ -2081,7 +2081,7 @@ def let_in(said):
 
 
 def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
-    """Return the headers that the worker passes on. (x-can-delete is for people alone.)"""
+    """Return the headers that the worker passes on. (x-can-delete is only for people.)"""
     grants = ROLES.get(role, ())
     return {"x-account": account, "x-role": role,
             "x-can-delete": "true" if "todos:delete" in grants else "false",
@@ -2221,7 +2221,7 @@ class Directory(SliceHost):
         return row["name"]
 
     def give_role(self, ctx, account, before, after):
-        """Change a role. [3] asks whoever is to be an owner first."""
+        """Change a role. [3] first asks a member who is made an owner."""
         put_role(ctx, account, before, after)
 
 
@@ -2381,7 +2381,7 @@ def new_id(store, workspaces, name):
 # The idea: who is in a workspace is policy. So this page of a workspace is the Directory's;
 #   it is as live as every other.
 # It promises: only owners make or change owners, and the last owner stays.
-# Who uses it: every workspace has it beside the pages of its slices.
+# Who uses it: every workspace has it, besides the pages of its slices.
 
 MEMBERS_OF = """SELECT a.name, a.label, m.role, m.offered AS offer FROM memberships m
                 JOIN accounts a ON a.name = m.account WHERE m.workspace = ?
@@ -2516,7 +2516,7 @@ members = Live("/members", MEMBER, "Members", (Region("members", members_region)
 
 
 # -- the history of the tables (to be skipped on a first reading, up to the slice). What ran
-# once is never edited. [3] goes on with it. What section 12 does not name is for [3].
+# once is never edited. [3] continues it. What section 12 does not name is for [3].
 
 DIRECTORY_TABLES = [
     "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT "
@@ -2635,7 +2635,7 @@ def as_refused(request, error):
 
 
 def error_page(request, no):
-    """A path that takes commands alone leads to the page above it."""
+    """Return its page. A path that takes only commands leads to the page above it."""
     if no.status == 405 and request.method in SAFE and request.path != "/":
         above = request.path.rpartition("/")[0] or "/"
         return see_other(urllib.parse.quote(above))
