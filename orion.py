@@ -7928,7 +7928,7 @@ def serve(settings):
     check_installation()
     take_all_descriptors()
     if settings.plain:
-        for check in CHECKS:
+        for check in (check_plain, *CHECKS):
             check(settings)
         return serve_plain(plain_root(settings), settings.host, settings.port)
     for prepare_process in BEFORE_SERVING:
@@ -7947,6 +7947,18 @@ def serve(settings):
     server.serve_forever()
     signal.set_wakeup_fd(-1)                             # because the waker closes next
     server.server_close()
+
+
+HEEDED_BY_PLAIN = ("--host", "--port", "--data", "--demo", "--plain", "--idle", "--log")
+
+
+def check_plain(settings):
+    """Raise Unusable for a flag that would have no effect."""
+    for flag, *_ in OPTIONS:
+        name = name_of_flag(flag)
+        if flag not in HEEDED_BY_PLAIN \
+                and getattr(settings, name) != Settings._field_defaults[name]:
+            raise Unusable(f"--plain can't be combined with {flag}; leave one of them out")
 
 
 def take_all_descriptors():

@@ -8244,6 +8244,12 @@ BROKEN = {"no folder": lambda templates: shutil.rmtree(templates),
           "another part": lambda templates: rewrite(templates / "todos.html", "<!-- region -->", "<!-- list -->")}
 
 
+@cases("flag, value", [("--allow-host", "todo.example"), ("--backup-every", "1h"), ("--quota", "1G"), ("--trust-proxy", "10.0.0.0/8")])
+def test_plain_refuses_a_flag_that_it_does_not_heed(tmp_path, capsys, flag, value):
+    assert orion.main(argv=["--plain", flag, value, "--port", "0", "--data", str(tmp_path / "d")]) == 2
+    assert capsys.readouterr().err == f"orion: --plain can't be combined with {flag}; leave one of them out\n" and not [*tmp_path.glob("d/*")]
+
+
 @cases("plain", [False, True], ids=["full", "plain"])
 @cases("how", BROKEN)
 def test_without_templates_that_go_with_it_nothing_is_served(tmp_path, monkeypatch, capsys, how, plain):
