@@ -6210,7 +6210,7 @@ def test_who_is_merely_led_to_the_sign_in_page_did_nothing_wrong(outside):
 @cases("accept, kind", [("text/html", "text/html; charset=utf-8"), ("*/*", "text/plain; charset=utf-8")])
 def test_every_refusal_says_what_to_do_next(server, accept, kind):
     bob = Person(server, "bob")
-    for path, words in (("/nothing", "home page"), ("/w/home/todos", "Ask its owner")):
+    for path, words in (("/nothing", "Check its spelling"), ("/w/home/todos", "Ask its owner")):
         answer = bob.get(path, Accept=accept)
         assert answer.headers["content-type"] == kind and words in answer.text
     assert "Sign in" in Person(server).get("/w/acme/todos", Accept=accept).text
@@ -8262,7 +8262,7 @@ def test_without_templates_that_go_with_it_nothing_is_served(tmp_path, monkeypat
     finally:
         orion.template.cache_clear()
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "that came with this" in said and str(tmp_path / "templates") in said
+    assert said.count("\n") == 1 and "that came with" in said and str(tmp_path / "templates") in said
 
 
 @cases("line", [("new", "app.py"), ("nginx", "--directory", "a:1", "--node", "b:2")])
