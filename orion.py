@@ -8208,8 +8208,8 @@ CHECKS.append(check_tables)
 
 # ==== 33. Page checks =====================================================================
 # The idea: the host checks each value that a slice's function returns. A page that could
-#   not stay current is an error, and not a page that looks current. If a command writes
-#   something that no open page will show, the log says so, once.
+#   not stay current is an error, and not a page that looks current. If a page opens no
+#   stream, or a command writes what no open page will show, the log says so, once.
 
 # -- return values
 
@@ -8359,6 +8359,9 @@ class ChecksPages(EdgeWorkspace):
                     f"page {name_of(live.page)} of {live.path} has {found} elements with"
                     f"{id}, but needs one: put region {name_of(region.show)} into it "
                     "once, unchanged, and give each region an id of its own")
+        if "/live" not in body:
+            log_once(f"page {name_of(live.page)} of {live.path} opens no stream, so it "
+                     'shows no change; put template("slice.live")() into it')
         return body
 
 

@@ -2597,6 +2597,15 @@ def test_a_command_whose_write_no_open_page_will_show_is_told_once_in_the_log(st
     assert capfd.readouterr().err == f"small.forgetful wrote, and published {topic or 'nothing'}: no open page will show it; publish the topic of a Region\n"
 
 
+def test_a_page_that_opens_no_stream_is_told_once_in_the_log(start, capfd):
+    orion.log_once.cache_clear()
+    slice = small()
+    page = lambda ctx, region: orion.Template("<h1>N</h1>{{region}}")(region=region)
+    bob = Person(start((slice._replace(live=(slice.live[0]._replace(page=page),)),)), "bob")
+    assert {bob.get("/w/acme/n").status, bob.get("/w/acme/n").status} == {200}
+    assert capfd.readouterr().err == 'page <lambda> of /n opens no stream, so it shows no change; put template("slice.live")() into it\n'
+
+
 def test_a_command_that_published_nothing_is_told_of_though_others_of_its_commit_published(start, capfd):
     def silent(ctx):
         ctx.store.exec("INSERT INTO small (n) VALUES (NULL)")
@@ -15064,7 +15073,7 @@ def test_a_command_of_an_app_that_can_not_be_done_is_one_line(office, words, why
 
 
 @cases("sql, write, why", [("INSERT INTO sent VALUES (1)", False, "writes, which only a command or a job may"), ("DELETE FROM journal", True, "of slice 'orion'"),
-                           ("DROP TABLE sent", True, "of slice 'orion'"), ("SELECT * FROM sent, todos", True, None), ("SELECT count(*) FROM journal", False, None)])
+                           ("DROP TABLE sent", True, "only a migration may do that"), ("SELECT * FROM sent, todos", True, None), ("SELECT count(*) FROM journal", False, None)])
 def test_a_command_of_an_app_may_use_the_rows_of_all_slices_and_no_more(office, sql, write, why):
     with contextlib.closing(orion.App(office.env.settings, "test")) as app:
         with pytest.raises(PermissionError, match=why) if why else contextlib.nullcontext(), app.open("acme", write) as ctx:
