@@ -2627,7 +2627,7 @@ def test_a_form_that_is_refused_where_there_is_no_page_is_told_why(start):
     assert (answer.status, answer.text) == (422, "Say more.\n")
 
 
-@cases("run, why", [(lambda ctx: ctx.enqueue(nothing), "put it into Slice(jobs=...)"), (lambda ctx: ctx.ask(nothing), "put it into Slice(exports=...)")])
+@cases("run, why", [(lambda ctx: ctx.enqueue(nothing), "add it to Slice(jobs=...)"), (lambda ctx: ctx.ask(nothing), "put it into Slice(exports=...)")])
 def test_what_a_slice_forgot_to_name_is_told_with_where_to_name_it(start, capfd, run, why):
     assert Person(start((orion.todos, small(("POST", "/n", run)))), "bob", datastar=True).post("/w/acme/n").status == 500 and logged(capfd, why)
 
