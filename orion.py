@@ -16704,8 +16704,7 @@ class Console:
         return Response(200, patch, EVENTS)
 
     def trip_to(self, name, request):
-        """Send a request of our own with this person's cookie. Do not wait if an object is
-        busy."""
+        """Send a request of our own with this person's cookie, but wait for no object."""
         cookie = {"cookie": request.headers.get("cookie", "")}
         asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie,
                         scheme=request.scheme)
@@ -16888,8 +16887,7 @@ def console_viewer(me):
 @addition
 class AnswersTheConsole(EdgeDirectory):
     def own_names(self, request):
-        """Return names by id of some workspaces that can be asked; and the number of all.
-        """
+        """Return names by id of some workspaces that can be asked; and the count of all."""
         there = "FROM workspaces WHERE name > ? AND NOT moving"
         some = self.store.query(f"SELECT id, name {there} ORDER BY name LIMIT ?",
                                 request.params.get("after", ""), NAMES_A_PAGE + 1)
