@@ -11692,7 +11692,7 @@ class GivesBackMemory(LoopEdge):
 # It needs: 43 Keys, for a token, 44 Accounts, for operators, and 51 Quotas.
 
 def size_of(response):
-    """Return the bytes in the body of an answer, with the regions that a page has now."""
+    """Return the size of an answer's body in bytes, with the regions of a page."""
     pieces = [one.piece.plain for one in response.watch or ()]
     rest = response.rest.size if response.rest else 0
     return len(response.body) + sum(map(len, pieces)) + rest
