@@ -7006,8 +7006,8 @@ class EndsWithItsRequest(Context):
         owners = [slice.name for slice in self.host.router.slices
                   if function in slice.exports]
         if not owners:
-            raise LookupError(f"{function} is not exported; put it into "
-                              "Slice(exports=...)")
+            raise LookupError(f"{name_of(function)} is not exported in this app; "
+                              "add it to Slice(exports=...)")
         store = Tables(self.host.store, owners[0], self.store.may)
         try:
             return function(store, *args)
