@@ -9603,8 +9603,7 @@ class Alarms:
         self.looked = set()                              # ids of the files it has read
         self.lock = threading.Lock()                     # guards all that follows
         self.due = {}                                    # by id: when its next job is
-        # A heap of (place, due, id). place is due or, if that is past, when it was set.
-        # Entries that are no longer in self.due are skipped.
+        # A heap of (max(due, now), due, id). Entries that are not in self.due are skipped.
         self.order = []
 
     def look(self):
@@ -9919,8 +9918,7 @@ class HasJobs(Broadcast):
         return row and row["due"]
 
     def next_job(self):
-        """Return the first row that does not wait for a call. Return None if all do, or if
-        as many wait as may."""
+        """Return the first row that waits for no call; None: all do, or too many do."""
         waits = self.namespace.alarms.waits.of(self.id)
         if len(waits) >= Waits.OF_ONE_OBJECT:
             return None
