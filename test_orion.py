@@ -14384,7 +14384,7 @@ def test_after_ten_minutes_what_was_deleted_is_gone(start):
     with contextlib.closing(server.store("acme")) as db, db:
         assert db.execute(kept, (time.time(),)).fetchall() == [(10,)]
         db.execute("UPDATE _removed SET until = ?", (time.time() - 1,))
-    assert "ten minutes are over" in said_in(bob.post(way)) and "/undo/" not in bob.get("/w/acme/history").text
+    assert "ten minutes have passed" in said_in(bob.post(way)) and "/undo/" not in bob.get("/w/acme/history").text
     server.close()
     server = start()
     the_workspace(server)
