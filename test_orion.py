@@ -15997,7 +15997,7 @@ def test_a_changed_role_changes_the_whole_open_page_and_takes_no_typed_text(site
     assert carol.js("return [document.querySelector('#title').value, document.activeElement.id]") == ["half a thou", "title"]
     carol.js("window.said = document.querySelector('p.hint[role=status]')")        # one that was there before is read aloud
     bob.patch("/w/acme/members/carol", role="viewer")
-    carol.wait("!document.querySelector('form.new, .tools button, #todos li > button') && said.isConnected && said.textContent.includes('may read')")
+    carol.wait("!document.querySelector('form.new, .tools button, #todos li > button') && said.isConnected && said.textContent.includes('may only read')")
     carol.wait("said.textContent.includes('You had typed: half a thou')")
     carol.wait("document.querySelector('#here').textContent.includes('carol') && document.querySelector('.link').textContent === 'Live'")
     bob.post("/w/acme/todos", title="still live")
