@@ -3282,19 +3282,19 @@ class StorageFault(Refused):
     """The file of an object can't be used. text is for the log, message is for people."""
     LATE = "its migrations take long"                    # GuardedObject.open raises it
     # By a part of the error's text. The first match counts.
-    REMEDIES = {LATE: "they go on apart; nobody is let in here until they end",
+    REMEDIES = {LATE: "they go on in the background; until they end, nobody is let in",
                 "disk is full": "make room on the disk, or raise the quota",
-                "is locked": "another process holds it: end that one",
+                "is locked": "end the process that holds the lock",
                 "interrupted": "a statement ran too long: give it an index, or ask for "
                                "less",
                 "readonly database": "make the file and its folder writable",
                 "unable to open database file": "make it readable; let the process have "
                                                 "more descriptors",
-                "disk I/O error": "see what the system's log says of the disk",
-                ", entry ": "nothing of it was done; mend the rows that it stumbles on, "
-                            "and it is tried again",     # a MigrationError
-                "constraint failed": "a slice left it to the commit to find that; have it "
-                                     "looked for before",
+                "disk I/O error": "see what the system's log says about the disk",
+                ", entry ": "none of it was done; mend the rows on which it fails, and it "
+                            "is tried again",            # a MigrationError
+                "constraint failed": "a slice left it to the commit to find this; let it "
+                                     "check that before",
                 "unsupported file format": "restore it from a backup"}
     OTHER_REMEDY = ("restore it from a backup: orion.py check says what is wrong, restore "
                     "brings it back")

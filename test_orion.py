@@ -2657,7 +2657,7 @@ def test_a_migration_that_stumbles_on_a_tenants_rows_says_so(start, capfd):
     server.close()
     stricter = small()._replace(migrations=("CREATE TABLE small (n UNIQUE)", "CREATE TABLE more (n CHECK (n > 0))", "INSERT INTO more SELECT n FROM small"))
     bob = Person(start((orion.todos, stricter)), "bob")
-    assert bob.get("/w/acme/n").status == 503 and logged(capfd, "slice 'small', entry 3: CHECK constraint failed: n > 0; nothing of it was done; mend the rows")
+    assert bob.get("/w/acme/n").status == 503 and logged(capfd, "slice 'small', entry 3: CHECK constraint failed: n > 0; none of it was done; mend the rows")
     assert bob.get("/w/globex/n").status == 200
 
 
@@ -2693,7 +2693,7 @@ def test_a_migration_that_takes_longer_than_a_visit_ends_and_meanwhile_others_no
     bob = Person(server, "bob")
     answer = bob.get("/w/acme/n")
     assert (answer.status, answer.headers["retry-after"]) == (503, "10") and "brought up to date" in answer.text
-    assert logged(capfd, "its migrations take long: slice 'small', entry 3: interrupted; they go on apart; nobody is let in here until they end")
+    assert logged(capfd, "its migrations take long: slice 'small', entry 3: interrupted; they go on in the background; until they end, nobody is let in")
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         assert {*pool.map(lambda _: bob.get("/w/acme/n").status, range(20))} == {503}
     assert bob.get("/w/globex/n").status == 200 and bob.get("/").status == 200
@@ -2720,7 +2720,7 @@ def test_a_migration_that_fails_after_a_long_time_is_not_begun_again_at_each_vis
     bob = Person(server, "bob")
     assert bob.get("/w/acme/n").status == 503
     grown.held.set()
-    assert logged(capfd, "slice 'small', entry 3: integer overflow; nothing of it was done; mend the rows")
+    assert logged(capfd, "slice 'small', entry 3: integer overflow; none of it was done; mend the rows")
     assert [bob.get("/w/acme/n").status for _ in range(3)] == [503] * 3 and len(grown.apart) == 1
 
 
@@ -7358,7 +7358,7 @@ def test_commands_in_line_for_a_file_that_another_process_holds_hear_so_together
             links = post_at_once(server, "/w/acme/todos", 20)
         lose_patience(one)
         assert [statuses(link.recv(65_536)) for link in links] == [[503]] * 20
-    assert complaints("another process holds it") == 1                 # the first came alone
+    assert complaints("end the process that holds the lock") == 1                 # the first came alone
     assert Person(server, "bob").post("/w/acme/todos", title="x").status == 200
 
 
@@ -7413,7 +7413,7 @@ def test_who_waited_in_vain_for_the_directorys_file_did_so_for_all_in_line(serve
         answers = [link.recv(65_536) for link in links]
         assert [statuses(answer) for answer in answers] == [[503]] * 12
         assert {b"Another program is writing" in answer and b"retry-after: 5\r\n" in answer for answer in answers} == {True}
-    assert 1 <= complaints("another process holds it") <= 2
+    assert 1 <= complaints("end the process that holds the lock") <= 2
     assert Person(server).post("/persona", form={"account": "bob"}).status == 303
 
 
