@@ -6342,7 +6342,7 @@ def create_workspace_with_file(request, env):
 #     PLAIN.append(...)             a function that changes the env of --plain
 #
 # So the Directory of this part is a chain of some fifty classes. These are some of them,
-# with their sections (whole(EdgeDirectory).__mro__ lists all of them):
+# with their sections ("orion.py read EdgeDirectory.say" prints what a call goes through):
 #
 #     ... -> TellsLabels (49) -> KnowsLinks (47) -> LetsOperatorsLookOn (46) -> ...
 #     -> EdgeDirectory (26) -> ... -> HasJobs (42) -> ... -> Broadcast (24) -> ...
