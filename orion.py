@@ -11537,7 +11537,7 @@ RESERVE = 256                                            # pages, and a quarter 
 
 
 def limit_pages(store, quota):
-    """Limit the file to so many bytes.
+    """Limit the size of the file to quota bytes.
 
     SQLite forgets the limit when the file is closed, and jobs bring no x-quota. So the file
     has it as its user_version, in pages; 0: there is no limit.
@@ -13201,7 +13201,7 @@ def member_list(settings, given):
 # Who uses it: the members page and the header; operators, on the command line.
 # It needs: 55 Copies, 58 Exports.
 #
-# workspaces.deleted is the time of it (section 13). A deleted workspace still counts for
+# workspaces.deleted says when (section 27). A deleted workspace still counts for
 # its founder, because otherwise one account could make any number.
 
 TITLE_OF = "SELECT name, coalesce(title, name) AS title FROM workspaces WHERE id = ?"
