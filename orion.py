@@ -14229,7 +14229,9 @@ class NotesFiles(Alarms):
     def __init__(self, *args):
         super().__init__(*args)
         self.given_up = {}                               # how many jobs, by id; no zeros
-        self.old = set()                                 # ids of files to be migrated
+        # Ids. A file can be opened, and so migrated, before look_into says that it is old.
+        self.old = set()
+        self.opened = set()
 
     @functools.cached_property
     def schema(self):
@@ -14253,7 +14255,7 @@ class NotesItself(Broadcast):
     def own_due(self, request):
         """Note the figures again, because alarms ask this after an open and after a job."""
         alarms = self.namespace.alarms
-        alarms.old.discard(self.id)
+        alarms.opened.add(self.id)
         alarms.note_given_up(self.id, self.store.one(GIVEN_UP)[0])
         return super().own_due(request)
 
@@ -14285,7 +14287,7 @@ class TellsMore(LoopEdge):
         now = time.time()
         late = [now - due for due in [*self.alarms.due.values()] if due < now]
         return {"due": len(late), "late": max(late, default=0.0),
-                "behind": len(self.alarms.old),
+                "behind": len(self.alarms.old - self.alarms.opened),
                 **self.of_leaders(given_up=dict(self.alarms.given_up))}
 
     def places(self):
