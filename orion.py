@@ -13601,7 +13601,7 @@ def ask_node(settings, node, id, what, method="POST", body=b""):
 class RemoteStub(GuardedStub):
     """The address of an object that lives in another process."""
 
-    def fetch(self, request, seconds=-1):
+    def enter(self, ask, request, seconds=-1):
         return self.namespace.send(self.id, request)
 
     def fetch_all(self, requests, check=lambda: None):

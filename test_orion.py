@@ -13164,6 +13164,8 @@ def test_a_deployment_becomes_a_directory_and_its_workspaces_wait_for_a_node(sta
     alone.close()
     ann.server = start(demo=False, plane="directory")
     assert "can&#x27;t be read" in ann.get("/").text and ann.get("/w/acme/todos").status == 421
+    ann.server.edge.trace.watch(1)                       # as while somebody looks at the console
+    assert ann.get("/w/acme/todos").status == 421
 
 
 @cases("words, status", [((), 2), (("--plane", "directory"), 0)])
