@@ -10390,7 +10390,7 @@ def login(ctx):
 def change_password(ctx):
     account = ctx.viewer.account
     if account_proved(ctx) != account:
-        raise Refused(422, "The present password is wrong. Try again.")
+        raise Refused(422, "The current password is wrong. Try again.")
     check_password(ctx.field("new"))
     store_password(ctx, account, ctx.request.headers["x-hashed"])
     return see_other("/account", which=account)
@@ -11970,7 +11970,7 @@ def figures_of(settings):
     """Return the server's figures, by name and label. Raises Unusable if it has none."""
     where = f"{settings.host}:{settings.port}"
     headers = {"Host": "localhost"}
-    with contextlib.suppress(Unusable):                  # it may not ask for a token
+    with contextlib.suppress(Unusable):                  # perhaps it needs no token
         token = token_for_figures(load_keys(settings.key_file)[0])
         headers["Authorization"] = f"Bearer {token}"
     try:
@@ -12181,7 +12181,8 @@ def may_be_of(db, id):
 
 
 def may_be_here(settings, db, id):
-    """Return whether the file can be an object's here. A single root's has another mark."""
+    """Return whether the file may belong to this object on such a server. The one file of
+    a --single server does not have the Directory's mark, but one of its own."""
     mark = db.execute("PRAGMA application_id").fetchone()[0]
     return mark == 0 or (mark == mark_of(id)) != bool(settings.single)
 
@@ -12472,7 +12473,7 @@ def check_empty(settings):
 
 def check_known(settings, file):
     """Raise MigrationError if a newer version, or another app, wrote this Directory.
-    Raise Unusable if one of the two servers was started with --single, and one was not.
+    Raise Unusable if only one of the two is --single: the server that wrote it, or this.
 
     The Directory also records the migrations of the workspaces' slices: see check_ledger.
     """
@@ -12739,7 +12740,8 @@ def remove_blanks(settings):
 # It promises: with --move, the gate lets nobody in before the copy is made, so nothing can
 #   be written after it. A file from elsewhere is checked first and never trusted, because
 #   an attacker may have made it.
-# It needs: 44 Accounts, 42 Jobs, 55 Copies. On a node, 62 Nodes replaces both commands.
+# It needs: 44 Accounts, 42 Jobs, 55 Copies. On a node, 62 Nodes replaces the commands
+#   workspace export and workspace import.
 #
 # The table _export of such a file has one row, with what the Directory knew about it:
 #
@@ -12933,7 +12935,7 @@ class ForgetsWorkspaces(LoopEdge):
                           "keeps everybody out from then on", "name", "file", "--move")
 def workspace_export(settings, given):
     """Write a workspace to a file. With --move, the gate answers 503 until workspace
-    remove; if that is interrupted, the same command finishes it."""
+    remove; if this export is interrupted, the same command finishes it."""
     with files_locked(settings) if given.move else contextlib.nullcontext():
         export(settings, given)
 
@@ -12953,7 +12955,7 @@ def export(settings, given):
     try:
         rows = write_out(path, given.file, about)
     except BaseException:
-        if given.move and path.exists():                 # nothing was lost: let them in
+        if given.move and path.exists():                 # it is still here: undo the move
             with opened(settings, given, f"{given.name} failed") as (store, _):
                 set_moving(store, row["id"], row["moving"])
         raise
@@ -13098,7 +13100,7 @@ def keep_or_drop_jobs(source, path, jobs):
     """Drop the jobs unless jobs is "keep", because they act in the names of others.
 
     The server that the file comes from may run them, too, and a letter be sent twice.
-    Planned jobs (every day) need no decision, because opening the file plans them again.
+    Recurring jobs need no decision, because opening the file plans them again.
     Raises Unusable if there are others and jobs is None.
     """
     others = f"key IS NULL OR key NOT IN ({PLANNED})"
@@ -13201,8 +13203,8 @@ def member_list(settings, given):
 # Who uses it: the members page and the header; operators, on the command line.
 # It needs: 55 Copies, 58 Exports.
 #
-# workspaces.deleted says when (section 27). A deleted workspace still counts for
-# its founder, because otherwise one account could make any number.
+# workspaces.deleted is the time of the deletion (section 27). A deleted workspace still
+# counts for its founder, because otherwise one account could make any number.
 
 TITLE_OF = "SELECT name, coalesce(title, name) AS title FROM workspaces WHERE id = ?"
 ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND deleted < ?
@@ -13509,7 +13511,7 @@ def expiry_of_seal(given, parts, keys):
 
 # -- requests from one process to another
 
-# By address, when to ask a process that is down again; until then no request waits for it.
+# By address of a process that is down: until when no request waits for it.
 DOWN = {}
 DOWN_SECONDS = 2.0
 # How many seconds an answer may take, by question: see FOR_DIRECTORY. Others: 5.
@@ -13860,7 +13862,7 @@ def node_gate(request, env):
 
 
 def node_regate(request, env):
-    """Ask the gate again, as an open stream does before each frame."""
+    """Ask the gate again, as for an open stream after a change of access."""
     return for_this_node(ask_the_gate(request, env), env)
 
 
@@ -13874,7 +13876,8 @@ def for_this_node(verdict, env):
 
 
 def has_file(workspaces, id, body):
-    """Return whether the file is here. Then its object opens it and plans its jobs."""
+    """Return whether the file is here. If it is, have its object open it and plan its jobs.
+    """
     if not workspaces.path(id).exists():
         return False
     workspaces.sleep_unused()                            # the object may have an older one
@@ -14317,8 +14320,8 @@ class TellsMore(LoopEdge):
 NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
 IDENTITY_HEADERS = ("cookie", "page-account", "sec-fetch-site")
 
-# -- what is public
 
+# -- what is public
 
 def public_path(router, request):
     """Return the path of the public route that this request is for; "" if there is none."""
@@ -14408,7 +14411,7 @@ class OpensToAnybody(LoopEdge):
             self.is_open = True
             paths.sort(key=lambda path: -path.count("/"))        # try the longest first
             self.secret_paths = [(beginning_with(path), path)
-                              for path in paths if "<" in path]
+                                 for path in paths if "<" in path]
             env = dataclasses.replace(env, **public_functions(env.settings))
         super().use(env)
 
@@ -14507,7 +14510,7 @@ class ListsMembers(Namespace):
 
     def close(self):
         if self.lists:
-            self.lists.close()                           # first: the last one tidies up
+            self.lists.close()                           # first: the last close tidies up
         super().close()
 
 
@@ -14909,7 +14912,7 @@ class HasUploads(LoopEdge):
     def refusal(self, request, error):
         """Tell a page why its upload was refused. (Datastar tells it only the status.)
 
-        The page shows at the form if a file is too large, and other reasons as a toast.
+        If a file is too large, the page says so at the form; it shows the rest as a toast.
         """
         said = isinstance(error, Refused) and error.status in EXPLAINED_STATUSES
         if not said or not request.datastar \
@@ -15054,7 +15057,7 @@ def pieces_of(data, begins, ends):
 
 
 # Types that a browser can show and does not run: the type, an offset, and the bytes there.
-# A file of any other type is saved, not shown, whatever type the client gave it.
+# Text is shown, too. A file of any other type is saved, whatever type the client gave it.
 INERT = (
     ("image/png", 0, b"\x89PNG\r\n\x1a\n"), ("image/jpeg", 0, b"\xff\xd8\xff"),
     ("image/gif", 0, (b"GIF87a", b"GIF89a")), ("image/webp", 8, b"WEBPVP8"),
@@ -15130,8 +15133,8 @@ CHECKS.append(check_uploads)
 #   and each piece is a row. So the command's own transaction writes it, the quota counts
 #   it, and snapshots, exports and moves include it.
 # It promises: a file is sent piece by piece, so a slow client has one piece waiting and
-#   delays nobody. A browser saves files that it could run, and opens all others in a
-#   sandbox. The id of a file is never given to another one.
+#   delays nobody. A browser opens pictures, audio, video and text in a sandbox, and saves
+#   all other files. The id of a file is never given to another one.
 # Who uses it: slices, by ctx.files.
 # It needs: 67 Uploads.
 
@@ -15476,7 +15479,8 @@ class KnowsTokens(EdgeDirectory):
         """Put the token's hash where the hash of a session would be, because verdicts are
         kept by it.
 
-        Only a token is hashed here, because a session would pass without its seal.
+        Only an API token is hashed here. Otherwise a session's token would be accepted
+        without its seal.
         """
         cookie = request.headers.get("cookie", "")
         request = super().identified(request)
@@ -15812,7 +15816,7 @@ class StampsForms(Context):
 
 # -- the answers
 
-# Answers that are too old or from the future; or of this account, but not its latest.
+# Answers that are too old or from the future; or of this account, before its latest MOST.
 FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM answers
                WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"""
 
@@ -15895,7 +15899,7 @@ def refuse_old_page(request, account):
 @addition
 class RefusesOldPages(SliceHost):
     def permit(self, viewer, route, request):
-        if not request.path.startswith("/_"):         # not a proxy's question
+        if not request.path.startswith("/_"):            # else a proxy asks
             refuse_old_page(request, viewer.account)
         super().permit(viewer, route, request)
 
@@ -15913,7 +15917,7 @@ class RefusesOldPages(SliceHost):
 # It needs: 36 Ordinary pages, 45 Account page.
 #
 # These are two rows of journals, with their sentences. In the Directory's journal, the
-# column which begins with the workspace's id:
+# column "which" begins with the workspace's id:
 #
 #     who     what                      which
 #     bob     todos.create              7 Buy milk          bob added Buy milk
@@ -16275,7 +16279,7 @@ class TellsMembersHistory(EdgeDirectory):
     within = "/members"
 
     def visible_to(self, viewer):
-        """Return the condition: the column which begins with the workspace's id."""
+        """Return the condition: the column "which" begins with the workspace's id."""
         return "substr(which, 1, 64) = ?", [viewer.id]
 
 
@@ -16603,7 +16607,7 @@ def print_listings(listings):
 class Console:
     """The console's page and its region: the notes, facts of the objects, and channels."""
     id = "console"                                       # as if it were an object
-    PAUSE = 0.25                                         # seconds between frames, at least
+    PAUSE = 0.25                                         # seconds from a note to its frame
 
     def __init__(self, edge):
         self.env = edge.env
@@ -16621,8 +16625,8 @@ class Console:
         self.env.workspaces.listeners.append(self.published)
 
     def answer(self, request, env):
-        """Answer as a door, for operators or, in the demo, for everybody. An action gets
-        me, which own_onlooker returned."""
+        """Answer as a door, for operators or, in the demo, for everybody. Each action gets
+        the request, and as me what own_onlooker returned."""
         action = self.actions.get((request.method, request.path))
         if action is None:
             raise Refused(405, "Read the console with GET, and use the forms on its page.")
@@ -16635,7 +16639,7 @@ class Console:
                                    "To make one, run: account add NAME --operator")
             return action(request, me)
 
-    # -- when a frame is made: each second, and after a note, but once a PAUSE at most
+    # -- when a frame is made: each second, and a PAUSE after the first new note
 
     def published(self, id, topic):
         self.changed = True
@@ -16986,7 +16990,7 @@ class Option(NamedTuple):
 
     It is set by the flag or the variable ORION_SMTP, and read by ctx.setting("smtp"). Its
     value is of the type of its default: text, a number, True or False. All users of the
-    machine can see flags, so a secret is set by ORION_PASSWORD or --password-file instead.
+    machine can see flags, so ORION_KEY or --key-file sets a secret named --key instead.
     """
     flag: str
     help: str
@@ -17243,7 +17247,7 @@ class LetsAppsIn(Judge):
 class TellsWhatAppsWrote(EdgeDirectory):
     def own_written(self, request):
         """Return the id of the journal's last entry, and the ids of all workspaces to which
-        commands have written since the entry after, if that is given."""
+        commands have written since another entry: its id is in the parameter after."""
         last = self.store.one("SELECT max(id) FROM journal")[0] or 0
         after = request.params.get("after") or last
         rows = self.store.query("SELECT DISTINCT which FROM journal WHERE id > ? AND what "
@@ -17987,7 +17991,7 @@ class Visitor:
         reply = self.ask(request._replace(path=f"{request.path}/live"))
         assert type(reply) is Response, f"GET {path}: {reply.status} {reply.message}"
         regions = {plain_id(one.piece.html): one.piece.html for one in reply.watch}
-        assert not id or id in regions, f"{path} has no region {id!r}: {[*regions]}"
+        assert not id or id in regions, f"{path} has no region {id!r}; it has {[*regions]}"
         return regions[id] if id else "".join(regions.values())
 
     # -- how requests are sent

@@ -3110,7 +3110,7 @@ def test_after_ten_minutes_a_command_is_a_new_one_and_the_answers_of_before_are_
         answer_of(one, with_key(f"old {n}"))
     with one.turn, one.store.tx():
         one.store.exec("UPDATE answers SET at = at + ?", seconds)
-    one.kept_answers = None                                 # as if it had slept
+    one.kept_answers = None                          # as if it had slept
     answer_of(one, with_key("old 0"))
     assert keys_in(server) == [("bob", 1)] and titles(Person(server, "bob")).count("x") == 4
 
@@ -11408,7 +11408,7 @@ def test_what_is_wrong_with_a_name_is_not_said_of_the_password_nor_the_other_way
     ann = outside.sign_in("ann")
     assert problems(be_shown_as(ann, "ops")) == [("label", "There is an account ops, and it is not yours. Add something that tells you apart."), ("password", "")]
     wrong = ann.post("/account/password", form={"username": "ann", "password": "wrong", "new": "long enough too"})
-    assert problems(wrong) == [("label", ""), ("password", "The present password is wrong. Try again.")]
+    assert problems(wrong) == [("label", ""), ("password", "The current password is wrong. Try again.")]
 
 
 @cases("label, initials", [("Carol Jones", "CJ"), ("carol", "C"), ("Carol van der Jones", "CJ"), ("Carol (she)", "C"), ("\u00e9lodie \u00e5berg", "\u00c9\u00c5"), ("\U0001f98a", "\U0001f98a"), ("- -", "-")], ids=ascii)
@@ -15413,7 +15413,7 @@ def test_what_is_refused_in_a_test_has_a_status_a_message_and_signals(app):
     assert bob.get("/nothing").status == 404 and bob.submit("/polls", question="Tea?").location == "/w/acme/polls"
     with pytest.raises(AssertionError, match="GET /nothing: 404 There is nothing at this address"):
         bob.page("/nothing")
-    with pytest.raises(AssertionError, match=r"/polls has no region 'vots': \['polls', 'votes'\]"):
+    with pytest.raises(AssertionError, match=r"/polls has no region 'vots'; it has \['polls', 'votes'\]"):
         bob.region("/polls", "vots")
 
 
