@@ -1202,7 +1202,7 @@ class Route(NamedTuple):
     args are the values of the <parts> of the path: text, or an int for <int:part>. The
     fields after run are for [3]. form: the page on which the form for this is, if it has
     another path. upload: bytes that a request may bring; 0: no more than any other. says:
-    what somebody did, as "deleted".
+    what somebody did, such as "deleted".
     """
     method: str
     path: str
@@ -1427,7 +1427,7 @@ class Context:
         return type(self)(self.host, self.store, self.viewer, params, self.request)
 
     def for_region(self, region: Region, live: Live) -> Context:
-        """Return the same for all who may see the same."""
+        """Return its context, which is the same for all who may see the same."""
         viewer = self.viewer.as_seen_by(region)
         params = live.heeded(self.params)
         return type(self)(self.host, self.store, viewer, params, None)
@@ -1539,7 +1539,7 @@ class SliceHost(DurableObject):
         raise refused
 
     def after_form(self, ctx: Context, signals: Dict[str, Any]) -> Response:
-        """Answer a plain form with its page. [3] shows the signal note there."""
+        """Lead from a plain form to its page. [3] shows the signal note there."""
         path = urllib.parse.quote(self.path_after(ctx.request))
         return see_other(f"/w/{ctx.workspace}{path}")
 
@@ -1665,7 +1665,7 @@ PART_OF_PATH = re.compile(r"<(int:)?(\w+)>")
 
 
 def path_pattern(path: str) -> str:
-    """Return the pattern of the paths that a route answers. Longer numbers match none."""
+    """Return the pattern of the paths of a route. A number has at most 18 digits."""
     return PART_OF_PATH.sub(lambda part: "([0-9]{1,18})" if part[1] else "([^/]+)",
                             re.escape(path))
 
@@ -2439,7 +2439,7 @@ def invite(ctx):
     account = account_name(ctx.field("account"))
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
         raise Refused(422, "There is no account with this name. Check the spelling, or ask "
-                           "the operator of this server.")
+                           "the operator of this server to add it.")
     if role_of(ctx.store, ctx.viewer.id, account):
         raise Refused(422, f"{account} is a member already. Change the role in the list.")
     role = valid_role(ctx.field("role", "member"))
@@ -3088,7 +3088,7 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #
 # 26 puts the layers together. To follow one click, read only GuardedStub of 16.
 #
-# The way of one click here. In the loop:
+# The path of one click here. In the loop:
 #
 #     Connection.read, advance (25)   feeds read_requests (19), until a request is complete
 #     LoopEdge.take_up (25)           sends a kept page (21) at once; if there is none:
@@ -3843,7 +3843,7 @@ class Piece(Rendering):
     Each is made when a stream first needs it.
 
     A browser that comes back says by its etag which region it saw last. main: False if the
-    piece is no region, but a heartbeat or a page.
+    piece shows no region of its own, like a heartbeat.
     """
     made: float = 0.0                                    # when (time.perf_counter())
     micros: int = 0                                      # how long it took
@@ -6341,7 +6341,7 @@ def create_workspace_with_file(request, env):
 #     VIEWERS.append(...)           a function that adds facts of a verdict to a viewer
 #     PLAIN.append(...)             a function that changes the env of --plain
 #
-# So the Directory of this part is a chain of some fifty classes. These are some of them,
+# So the Directory of this part is a chain of some sixty classes. These are some of them,
 # with their sections ("orion.py read EdgeDirectory.say" prints what a call goes through):
 #
 #     ... -> TellsLabels (49) -> KnowsLinks (47) -> LetsOperatorsLookOn (46) -> ...
@@ -7041,8 +7041,8 @@ def unenforced(store, last):
                 if many > before.get((child, parent), 0):
                     raise MigrationError(
                         f"{last}: then {many} rows of {child!r} would refer to no row of "
-                        f"{parent!r} (in an entry that drops a table, deletes do not "
-                        "cascade)")
+                        f"{parent!r} (in a migration that drops a table, deletes do "
+                        "not cascade)")
     finally:
         store.exec("PRAGMA foreign_keys=ON")
 
@@ -7949,7 +7949,7 @@ def serve(settings):
     server.server_close()
 
 
-HEEDED_BY_PLAIN = ("--host", "--port", "--data", "--demo", "--plain", "--idle", "--log")
+HEEDED_BY_PLAIN = ("--host", "--port", "--data", "--demo", "--plain", "--idle")
 
 
 def check_plain(settings):
@@ -9268,9 +9268,9 @@ class CountsAtHome(LoopEdge):
 
 
 # ==== 41. Live home =======================================================================
-# The idea: home pages are live, too. A workspace that publishes adds its id to `uncounted`.
-#   Once a second, the edge takes all ids out of it, counts again the workspaces that an
-#   open home page shows, and has these pages shown again.
+# The idea: home pages are live, too. If a workspace publishes, the broker adds its id to
+#   `uncounted`. Once a second, the edge takes all ids out of it, counts again the
+#   workspaces that an open home page shows, and has these pages shown again.
 # It promises: a workspace is counted at most once a second for all home pages that show it.
 # It needs: 40 Counts.
 
@@ -10254,10 +10254,11 @@ def count_attempt(attempts, request):
 
 def name_and_passwords(request):
     """Return name, password and new password. Raises Refused(400) if one is too long."""
-    typed = [text_of(request, field) for field in ("username", "password", "new")]
+    typed = (account_name(text_of(request, "username")), text_of(request, "password"),
+             text_of(request, "new"))
     if max(map(len, typed)) > LONGEST_TYPED:
         raise Refused(400, f"Use at most {LONGEST_TYPED} characters for name and password.")
-    return account_name(typed[0]), *typed[1:]
+    return typed
 
 
 PASSWORD_DOORS = ("/login", "/account/password")         # what is sent there is not kept
@@ -11244,7 +11245,7 @@ PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 @addition
 class TellsWhoIsHere(Broker):
     SHOWN = 7                                            # people; they fit on a phone
-    unannounced = ()                                     # ids: they show no watchers [72]
+    unannounced = ()                                     # ids: they show no watchers (72)
 
     def __init__(self, edge):
         super().__init__(edge)

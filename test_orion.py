@@ -5677,6 +5677,7 @@ FRAMES = [
     ("GET /logout does nothing", at(b"/logout"), {404, 405}, "kept"),
     ("POST /logout without Origin does nothing", post(path=b"/logout", origin=None, body=b""), 403, "kept"),
     ("a password of 257 characters is refused", post(path=b"/login", body=b"username=bob&password=" + b"x" * 257, cookie=None), 400, "kept"),
+    ("a name of 15 letters that stand for 18 each is refused", post(path=b"/login", body=b"username=" + b"%EF%B7%BA" * 15 + b"&password=x", cookie=None), 400, "kept"),
     ("a password of 1 MB is refused", post(path=b"/login", body=b"username=bob&password=" + b"x" * 1_000_000, cookie=None), 413, "closed"),
     ("a password with NUL, an emoji and combining forms is merely wrong", post(path=b"/login", body=b"username=bob&password=%00%F0%9F%98%80e%CC%81", cookie=None), {401, 422}, "kept"),
     ("a name with half a surrogate pair is merely wrong", post(path=b"/login", body=b'{"username":"\\ud800","password":"x"}', kind=JSON, cookie=None), {400, 401, 422}, "kept"),
@@ -8258,7 +8259,7 @@ BROKEN = {"no folder": lambda templates: shutil.rmtree(templates),
           "another part": lambda templates: rewrite(templates / "todos.html", "<!-- region -->", "<!-- list -->")}
 
 
-@cases("flag, value", [("--allow-host", "todo.example"), ("--backup-every", "1h"), ("--quota", "1G"), ("--trust-proxy", "10.0.0.0/8")])
+@cases("flag, value", [("--allow-host", "todo.example"), ("--backup-every", "1h"), ("--log", "json"), ("--quota", "1G"), ("--trust-proxy", "10.0.0.0/8")])
 def test_plain_refuses_a_flag_that_it_does_not_heed(tmp_path, capsys, flag, value):
     assert orion.main(argv=["--plain", flag, value, "--port", "0", "--data", str(tmp_path / "d")]) == 2
     assert capsys.readouterr().err == f"orion: --plain can't be combined with {flag}; leave one of them out\n" and not [*tmp_path.glob("d/*")]
