@@ -8119,11 +8119,12 @@ def wrong_with_call(what, function, *given):
         return f"{name} is async; write def, and do long work in a job"
     if inspect.isgeneratorfunction(function):
         return f"{name} yields; return the whole result instead"
-    signature = inspect.signature(function)
-    try:
-        signature.bind(*given)
-    except TypeError:
-        return f"{name}{signature} does not fit the call {name}({', '.join(given)})"
+    with contextlib.suppress(ValueError):                # one in C may have no signature
+        signature = inspect.signature(function)
+        try:
+            signature.bind(*given)
+        except TypeError:
+            return f"{name}{signature} does not fit the call {name}({', '.join(given)})"
     return ""
 
 

@@ -31,6 +31,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 import pickle
@@ -2532,6 +2533,12 @@ LIVE = orion.Live("/n", "todos:read", "N", (REGION,))
 def test_a_slice_that_can_not_work_is_refused_at_the_start(start, why, slices):
     with pytest.raises(orion.BadSlice, match=re.escape(why)):
         start(slices=slices)
+
+
+def test_a_title_may_come_from_a_function_in_c_that_does_not_tell_what_it_takes(start):
+    page = small().live[0]._replace(title=operator.attrgetter("workspace"), tab=False)
+    server = start((orion.todos, small()._replace(live=(page,))))
+    assert "<title>acme · acme · orion</title>" in Person(server, "bob").get("/w/acme/n").text
 
 
 def test_a_deployment_without_todos_begins_with_its_own_page(start):
