@@ -8238,7 +8238,7 @@ def bad_return(function, value, wanted):
 
 
 def sendable(response, function):
-    """Return a function's response, with its headers as a tuple.
+    """Return a function's response, with the names of its headers in lower case.
 
     Raises TypeError or ValueError if the response can't be sent.
     """
@@ -8247,9 +8247,8 @@ def sendable(response, function):
         raise bad_return(function, response, "it has to return a Response with a number "
                                              "and bytes; most commands return done(ctx)")
     check_values((*response.headers, ("content-type", response.type)))
-    if type(response.headers) is not tuple:
-        return response._replace(headers=tuple(map(tuple, response.headers)))
-    return response
+    headers = tuple([(name.lower(), value) for name, value in response.headers])
+    return response._replace(headers=headers)
 
 
 REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id, which is
