@@ -3293,8 +3293,8 @@ class StorageFault(Refused):
                 "disk I/O error": "see what the system's log says about the disk",
                 ", entry ": "none of it was done; mend the rows on which it fails, and it "
                             "is tried again",            # a MigrationError
-                "constraint failed": "a slice left it to the commit to find this; let it "
-                                     "check that before",
+                "constraint failed": "a slice leaves this check to the commit; let it "
+                                     "check before it writes",
                 "unsupported file format": "restore it from a backup"}
     OTHER_REMEDY = ("restore it from a backup: orion.py check says what is wrong, restore "
                     "brings it back")
