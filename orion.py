@@ -26,6 +26,18 @@ again"; it waits for the commit, and a rollback discards it. What is sent then i
 complete current state. So a message that arrives late, twice or never does no harm, and a
 browser that was cut off simply asks again.
 
+A feature is a few functions. These two, in short, are the core of the todos (section 9):
+
+    def create(ctx):                    # a command: POST /w/acme/todos
+        title = valid_title(ctx.field("title"))
+        ctx.store.insert("INSERT INTO todos (title) VALUES (?)", title)
+        ctx.publish("todos")            # waits for the commit
+        return done(ctx)
+
+    def todos_region(ctx):              # a region: called again after each publish
+        rows = ctx.store.query("SELECT id, title, done FROM todos ORDER BY id DESC")
+        return template("todos.region")(row=rows)
+
 The pages talk to the server through Datastar, a small script in the browser:
 
     data-init="@get('./todos/live')"    opens a stream: an answer that does not end.
