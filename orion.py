@@ -16556,7 +16556,7 @@ class HasConsole(LoopEdge):
 # -- the way of one POST, numbered as in the drawing
 
 WAY = {"Ask the gate": (worker, ask_the_gate),
-       "The verdict": (gate,),
+       "The verdict": (gate, Directory.verdict_on),
        "Forward, with the verdict": (destination, SliceHost.command, DurableObject.command,
                                      SliceHost.handle, OwnsTables.call),
        "Write, commit, publish": (create, Bus.publish, Store.tx, Bus.tell),
